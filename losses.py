@@ -1,0 +1,99 @@
+"""Cross entropy and log-probabilities over a large vocabulary without holding all the logits.
+
+A batch of 32 x 512 tokens with a 32,000-token vocabulary has 2 GB of fp32 logits, and training
+would keep several copies. Both functions below work through the tokens in chunks instead.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
+# Elements of one chunk of logits: on a CPU what its cache holds, on a GPU 256 MB of fp32.
+LOGITS_BUDGET = {"cpu": 2**22, "cuda": 2**26}
+
+
+def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
+    return max(16, LOGITS_BUDGET.get(device.type, 2**24) // vocab_size)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy whose gradients are computed during forward, chunk by chunk.
+
+    The loss is linear in the gradient that arrives later, so backward only scales what is there:
+    one matrix product fewer than recomputing the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        needs_grad = any(ctx.needs_input_grad)
+        dtype = hidden.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+        head = weight.to(dtype)  # (vocab, d_model), cast once for all chunks
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        size = tokens_per_chunk(weight.shape[0], hidden.device)
+        for start in range(0, hidden.shape[0], size):
+            rows = slice(start, start + size)
+            chunk, target = hidden[rows].to(dtype), targets[rows]
+            is_target = target != IGNORE_INDEX
+            index = target.clamp(min=0).unsqueeze(1)  # (chunk, 1); any class where ignored
+            logits = F.linear(chunk, head).float()  # (chunk, vocab)
+            log_normalizer = logits.logsumexp(-1, keepdim=True)  # (chunk, 1)
+            losses = (log_normalizer - logits.gather(1, index)).squeeze(1)
+            loss += (losses * is_target).sum()
+            if needs_grad:  # d loss / d logits = softmax - one_hot(target)
+                grad = logits.sub_(log_normalizer).exp_()
+                grad.scatter_add_(1, index, torch.full_like(log_normalizer, -1.0))
+                grad = grad.mul_(is_target.unsqueeze(1)).to(dtype)
+                grad_hidden[rows] = grad @ head
+                grad_weight += grad.T @ chunk
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Sum over targets of -log softmax(hidden @ weight.T)[target], in fp32.
+
+    Args:
+        hidden: (tokens, d_model), the final hidden state at each predicting position.
+        weight: (vocab, d_model), the output head.
+        targets: int64 (tokens,); IGNORE_INDEX is no target.
+    """
+    if hidden.device.type == "cpu":
+        # Skipping the others is free here; on a GPU it would wait for the count.
+        rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        hidden, targets = hidden[rows], targets[rows]
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets)
+
+
+def token_log_probs(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """log softmax(hidden @ weight.T)[target] of each token, fp32 (tokens,), differentiable.
+
+    Chunk by chunk, the logits recomputed in backward. Same arguments as chunked_cross_entropy, but
+    every target must be a token id.
+    """
+
+    def of_chunk(chunk, weight, target):
+        return -F.cross_entropy(F.linear(chunk, weight).float(), target, reduction="none")
+
+    size = tokens_per_chunk(weight.shape[0], hidden.device)
+    chunks = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat(
+        [
+            checkpoint(of_chunk, chunk, weight, target, use_reentrant=False)
+            for chunk, target in chunks
+        ]
+    )

@@ -1,0 +1,275 @@
+"""The model: a Qwen3-architecture decoder, dense or mixture-of-experts, in one file.
+
+Parameter names, shapes and arithmetic are Qwen3's, so a saved folder *is* a Qwen3 (or Qwen3-MoE)
+checkpoint: `AutoModelForCausalLM.from_pretrained(folder)` gives equal logits without custom code.
+
+    residual stream   x = x + attention(norm(x));  x = x + mlp(norm(x))     pre-norm, no biases
+    attention         grouped-query, per-head RMSNorm on q and k, rotate-half RoPE, causal SDPA
+    mlp               SwiGLU, or top-k of several SwiGLU experts
+    loss              fp32 cross entropy summed over targets, never materialising all logits
+    init              normal(0, 0.02); projections into the residual stream / sqrt(2 * n_layers)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from losses import IGNORE_INDEX, chunked_cross_entropy
+from model_config import CustomLLMConfig
+from moe import MoE, SwiGLU
+
+__all__ = ["CustomLLM", "CustomLLMConfig", "CustomLLMOutput"]
+
+
+@dataclass
+class CustomLLMOutput(MoeCausalLMOutputWithPast):
+    """`expert_load`: (layers, experts) share of the routed tokens that each expert got."""
+
+    expert_load: torch.Tensor | None = None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight in fp32, returned in x's dtype (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rope_cos_sin(
+    position_ids: torch.Tensor, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, seq) positions -> fp32 cos and sin, each (batch, 1, seq, head_dim). arXiv 2104.09864.
+
+    Computed afresh each forward: 32 frequencies cost nothing, and no buffer can go stale on load.
+    """
+    exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angle = position_ids[:, None, :, None].float() * theta**-exponent  # (batch, 1, seq, head_dim/2)
+    angle = torch.cat((angle, angle), dim=-1)  # (batch, 1, seq, head_dim)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (batch, heads, seq, head_dim) by position; halves, not interleaved pairs."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: CustomLLMConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx, self.head_dim, self.dropout = layer_idx, config.head_dim, config.dropout
+        self.is_grouped = config.n_kv_heads != config.n_heads
+        q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.d_model, q_size, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
+        self.o_proj.writes_residual = True
+        # QK-norm bounds the attention logits: without it fp16 can overflow in q @ k.
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, attention_mask, cache) -> torch.Tensor:
+        split = {"pattern": "b s (h d) -> b h s d", "d": self.head_dim}
+        q = rearrange(self.q_proj(x), **split)  # (batch, heads, seq, head_dim)
+        k = rearrange(self.k_proj(x), **split)  # (batch, kv_heads, seq, head_dim)
+        v = rearrange(self.v_proj(x), **split)
+        q = apply_rope(self.q_norm(q), cos, sin)
+        k = apply_rope(self.k_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)  # (batch, kv_heads, past + seq, head_dim)
+        x = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=attention_mask,
+            is_causal=attention_mask is None,  # lets SDPA pick its flash kernel
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.is_grouped,
+        )
+        return self.o_proj(rearrange(x, "b h s d -> b s (h d)"))
+
+
+class Block(GradientCheckpointingLayer):
+    def __init__(self, config: CustomLLMConfig, layer_idx: int):
+        super().__init__()
+        self.use_moe, self.dropout = config.use_moe, config.dropout
+        self.input_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.use_moe else SwiGLU(config.d_model, config.d_ff)
+
+    def forward(self, x, cos, sin, attention_mask, token_mask, cache=None):
+        """x (batch, seq, d_model) -> (x, balancing loss | None, expert load | None)."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attention_mask, cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        normed, balance, load = self.post_attention_layernorm(x), None, None
+        if self.use_moe:
+            output, balance, load = self.mlp(normed, token_mask)
+        else:
+            output = self.mlp(normed)
+        return x + F.dropout(output, self.dropout, self.training), balance, load
+
+
+class Backbone(nn.Module):
+    """Everything between token ids and the output head."""
+
+    def __init__(self, config: CustomLLMConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None):
+        """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding.
+
+        Returns (hidden (batch, seq, d_model), balancing loss, expert load (layers, experts)).
+        """
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = build_attention_mask(input_ids, attention_mask, position_ids, past)
+        if position_ids is None:
+            positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+            position_ids = positions.expand_as(input_ids)
+        cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
+        token_mask = None
+        if attention_mask is not None:
+            token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
+
+        x = F.dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
+        balances, loads = [], []
+        for layer in self.layers:
+            x, balance, load = layer(x, cos, sin, mask, token_mask, cache=cache)
+            balances.append(balance)
+            loads.append(load)
+        x = self.norm(x)
+        if not self.config.use_moe:
+            return x, None, None
+        return x, torch.stack(balances).mean(), torch.stack(loads)
+
+
+def build_attention_mask(input_ids, attention_mask, position_ids, past: int):
+    """None where plain causal attention is right, else bool (batch, 1, seq, past + seq).
+
+    Documents packed into one row are told apart by position_ids that restart at 0. Whether they do
+    is not looked up, since that would make a GPU wait: given position_ids always build the mask.
+    """
+    packed = position_ids is not None and past == 0
+    if attention_mask is None and not packed and (past == 0 or input_ids.shape[1] == 1):
+        # One new token may see the whole cache: SDPA's causal mask would hide it.
+        return None if past == 0 else input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+    query = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    key = torch.arange(past + input_ids.shape[1], device=input_ids.device)
+    mask = (key <= query[:, None])[None]  # (1, seq, past + seq)
+    if packed:
+        document = (position_ids == 0).cumsum(-1)  # (batch, seq)
+        mask = mask & (document[:, :, None] == document[:, None, :])
+    if attention_mask is not None:
+        # A padding query keeps itself as its one key: a row with none would be undefined.
+        mask = mask & (attention_mask.bool()[:, None, :] | (key == query[:, None]))
+    return mask[:, None]  # (batch, 1, seq, past + seq)
+
+
+class CustomLLM(PreTrainedModel, GenerationMixin):
+    """Backbone and output head, with Hugging Face's loading, saving and generation."""
+
+    config_class = CustomLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _supports_sdpa = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: CustomLLMConfig):
+        super().__init__(config)
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()  # initialises by _init_weights, then ties the head
+
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding):
+            if getattr(module, "writes_residual", False):
+                std /= (2 * self.config.n_layers) ** 0.5  # GPT-2: keeps the stream's variance level
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        skip_logits: bool = False,
+        **kwargs,
+    ) -> CustomLLMOutput:
+        """One forward pass.
+
+        Args:
+            input_ids, position_ids, labels: int64 (batch, seq). labels are aligned with input_ids
+                (shifted here); -100 and the first token of every document are no targets.
+            attention_mask: (batch, past + seq), 0 at padding.
+            num_items_in_batch: what the summed loss is divided by, the number of targets of the
+                whole optimizer step; None: of this batch.
+            logits_to_keep: only the last so many positions' logits; 0: all.
+            skip_logits: return no logits, as training wants: the loss needs never hold them.
+
+        Returns:
+            loss: fp32 scalar; in training plus router_aux_loss_coef * aux_loss (weighted by this
+                batch's share of num_items_in_batch). logits: (batch, seq, vocab_size).
+                aux_loss: the balancing loss, 1 when experts are equally used; None when dense.
+        """
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        hidden, aux_loss, expert_load = self.model(
+            input_ids, attention_mask, position_ids, past_key_values
+        )
+        loss = logits = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, position_ids, num_items_in_batch, aux_loss)
+        if not skip_logits:
+            logits = self.lm_head(hidden[:, -logits_to_keep:])
+        return CustomLLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            aux_loss=aux_loss,
+            expert_load=expert_load,
+        )
+
+    def _loss(self, hidden, labels, position_ids, num_items_in_batch, aux_loss) -> torch.Tensor:
+        targets = labels[:, 1:]
+        if position_ids is not None:
+            targets = targets.masked_fill(position_ids[:, 1:] == 0, IGNORE_INDEX)
+        num_targets = (targets != IGNORE_INDEX).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = num_targets.clamp(min=1)
+        hidden = rearrange(hidden[:, :-1], "b s d -> (b s) d")
+        loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
+        loss = loss / num_items_in_batch
+        if aux_loss is not None and self.training:
+            share = num_targets / num_items_in_batch
+            loss = loss + self.config.router_aux_loss_coef * aux_loss * share
+        return loss
