@@ -1,0 +1,217 @@
+"""Reading users' files with errors to act on; writing folders that are whole or absent."""
+
+import contextlib
+import glob
+import json
+import lzma
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pyarrow.parquet
+import xxhash
+
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+FORMATS = (".jsonl", ".json", ".txt", ".parquet")
+TEXT_BLOCK = 1_000_000  # characters after which a .txt without blank lines is cut at a line end
+
+
+def input_error(path, line: int | None, problem: str) -> ValueError:
+    """The one form of every complaint about an input file: where, what, and how to mend it."""
+    return ValueError(f"{path}:{line}: {problem}" if line else f"{path}: {problem}")
+
+
+def format_of(path: Path) -> str:
+    """'.jsonl' for both a.jsonl and a.jsonl.xz; '' for what is no known format."""
+    suffixes = path.suffixes[-2:]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else ""
+
+
+def is_local(dataset: str) -> bool:
+    """Whether a name means files here and not a dataset on the Hub."""
+    has_ending = format_of(Path(dataset)) != "" or dataset.startswith((".", "/", "~"))
+    return has_ending or glob.has_magic(dataset) or Path(dataset).exists()
+
+
+def find_files(dataset: str) -> list[Path]:
+    """The data files behind a file name, a folder (searched recursively) or a glob, sorted.
+
+    Raises:
+        ValueError: none found, or one of a format that cannot be read.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and format_of(p)]
+    elif glob.has_magic(dataset) and not path.exists():
+        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    else:
+        found = [path]
+    if not found:
+        raise ValueError(f"{dataset}: no {', '.join(FORMATS)} file there (also .gz .bz2 .xz .zst).")
+    for file in found:
+        if not file.is_file():
+            raise input_error(file, None, f"no such file (looked from {Path.cwd()}).")
+        if not format_of(file):
+            raise input_error(
+                file, None, f"unknown format; known: {' '.join(FORMATS)}, compressed."
+            )
+        if file.stat().st_size == 0:
+            raise input_error(file, None, "the file is empty.")
+    return found
+
+
+def content_hash(files: list[Path]) -> str:
+    """Hash of the files' bytes, whatever their names or dates; 128 bits as hexadecimal."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(f"{file.stat().st_size}:".encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def settings_hash(*settings) -> str:
+    """A short name for a combination of settings, for cache folders."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
+
+
+def iter_records(path: Path) -> Iterator[tuple[int, object]]:
+    """(line, record) of one file: JSON values, parquet rows as dicts, paragraphs of text as str.
+
+    A line counts from 1; for parquet it is the row, for a .json array the element.
+
+    Raises:
+        ValueError: naming file and line, for text that is not UTF-8 and for broken JSON.
+    """
+    kind = format_of(path)
+    if kind == ".parquet":
+        yield from _iter_parquet(path)
+    elif kind == ".txt":
+        yield from _iter_paragraphs(path)
+    elif kind == ".json":
+        yield from _iter_json(path)
+    else:
+        for number, line in _iter_lines(path):
+            if line.strip():
+                yield number, _parse_json(path, number, line)
+
+
+def _iter_lines(path: Path) -> Iterator[tuple[int, str]]:
+    compression = COMPRESSIONS.get(path.suffix)
+    number = 0
+    try:
+        with fsspec.open(str(path), "rb", compression=compression) as stream:
+            for number, line in enumerate(stream, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors add
+                yield number, _decode(path, number, line)
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a disk's error, not the archive's
+        raise input_error(
+            path, number + 1, f"the archive is broken or cut short ({error})."
+        ) from error
+    except ValueError as error:
+        if "Compression type" not in str(error):
+            raise
+        raise input_error(path, None, "reading .zst needs `pip install zstandard`.") from error
+
+
+def _decode(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        try:
+            line.decode("gb18030")
+            guess = "it reads as GB18030: convert it with `iconv -f GB18030 -t UTF-8`"
+        except UnicodeDecodeError:
+            guess = f"byte {error.start + 1} of the line is wrong"
+        raise input_error(path, number, f"not UTF-8; {guess}.") from error
+
+
+def _parse_json(path: Path, number: int, text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        shown = text.splitlines()[error.lineno - 1][:60] if text.strip() else ""
+        raise input_error(
+            path, line, f"broken JSON at column {error.colno}: {error.msg} (the line: {shown!r})."
+        ) from error
+
+
+def _iter_json(path: Path) -> Iterator[tuple[int, object]]:
+    lines = list(_iter_lines(path))
+    text = "".join(line for _, line in lines)
+    first = text.lstrip()[:1]
+    if first == "[":
+        yield from enumerate(_parse_json(path, 1, text), start=1)
+    elif first == "{":  # JSON lines under another name
+        for number, line in lines:
+            if line.strip():
+                yield number, _parse_json(path, number, line)
+    else:
+        raise input_error(path, 1, "a .json file must hold an array of objects or JSON lines.")
+
+
+def _iter_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
+    start, block, size = 1, [], 0
+    for number, line in _iter_lines(path):
+        if line.strip() and size < TEXT_BLOCK:
+            block.append(line)
+            size += len(line)
+            continue
+        if block:
+            yield start, "".join(block).rstrip("\r\n")
+        start, block, size = (number, [line], len(line)) if line.strip() else (number + 1, [], 0)
+    if block:
+        yield start, "".join(block).rstrip("\r\n")
+
+
+def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except pyarrow.ArrowInvalid as error:
+        raise input_error(path, None, f"not a readable parquet file ({error}).") from error
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write into the folder this yields; it becomes `target` only when all of it is on disk.
+
+    Whatever happens before, a kill or a full disk, `target` stays absent and the next writer
+    clears what was left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for path in [p for p in temporary.rglob("*") if p.is_file()]:
+        with open(path, "rb+") as stream:
+            os.fsync(stream.fileno())
+    _sync_folder(temporary)
+    os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path):
+    if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)

@@ -1,0 +1,125 @@
+"""Many documents in one row: best-fit packing, and the collator that the three stages share.
+
+Documents in a row are told apart by position_ids that restart at 0 (Hugging Face's padding-free
+convention): attention never crosses a document, and its first token is never a target.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from losses import IGNORE_INDEX
+
+Segment = tuple[int, int]  # (start, length) of a run of tokens
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of the items of each row: longest first, each into the fullest row that takes it.
+
+    The fullest fitting row is found in O(1): bit s of `spaces` says that some row has s left.
+    Every length must be in 1..capacity.
+    """
+    rows: list[list[int]] = []
+    rows_with_space: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        length = int(lengths[index])
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_with_space[space].pop()
+            if not rows_with_space[space]:
+                spaces &= ~(1 << space)
+        else:
+            row, space = len(rows), capacity
+            rows.append([])
+        rows[row].append(index)
+        if space > length:
+            rows_with_space[space - length].append(row)
+            spaces |= 1 << (space - length)
+    return rows
+
+
+def split_windows(length: int, capacity: int) -> list[int]:
+    """Lengths of the consecutive windows of a document; the last has a target (2 tokens) if any."""
+    windows = [capacity] * (length // capacity)
+    rest = length % capacity
+    if rest == 1 and windows and capacity > 2:
+        windows[-1] -= 1
+        rest += 1
+    return windows + ([rest] if rest else [])
+
+
+def pack_segments(
+    segments: list[Segment], capacity: int, max_padding: float = 0.005
+) -> tuple[list[list[Segment]], int]:
+    """Rows of segments, padding at most `max_padding` of all places where that can be had.
+
+    Best-fit leaves large gaps when no two documents fit together (all of 300 tokens in rows of
+    512). Then the emptiest rows are emptied into the gaps of the others, their documents cut to
+    fit; a cut costs one target. Nothing is dropped.
+
+    Returns (rows, number of cuts).
+    """
+    packed = best_fit([length for _, length in segments], capacity)
+    rows = [[segments[index] for index in row] for row in packed]
+    rows.sort(key=row_length)  # the emptiest first
+    total = sum(map(row_length, rows))
+    enough = math.ceil(total / (capacity * (1 - max_padding)))
+    excess = max(0, len(rows) - enough)
+    emptied, rows = rows[:excess], rows[excess:]
+    gaps = [capacity - row_length(row) for row in rows]
+    fragment = max(2, capacity // 64)  # a shorter piece is not worth cutting off
+    left_over: list[Segment] = []
+    taker = cuts = 0
+    for start, length in (segment for row in emptied for segment in row):
+        while length and taker < len(rows):
+            if gaps[taker] < min(fragment, length):
+                taker += 1
+                continue
+            part = min(length, gaps[taker])
+            part -= length - part == 1 and part > 2  # leave no fragment without a target
+            rows[taker].append((start, part))
+            gaps[taker] -= part
+            start, length = start + part, length - part
+            cuts += length > 0
+        if length:
+            left_over.append((start, length))
+    for row in best_fit([length for _, length in left_over], capacity):
+        rows.append([left_over[index] for index in row])
+    return rows, cuts
+
+
+def row_length(row: list[Segment]) -> int:
+    return sum(length for _, length in row)
+
+
+class PackedCollator:
+    """Rows of unequal length -> int64 tensors (batch, max_seq_len), padded on the right.
+
+    A row holds input_ids and position_ids, and labels where the stage chose its targets; without
+    labels every token is a target but each document's first. Also gives attention_mask, 0 at
+    padding. A batch of no rows gives one row of padding: a rank's share of an epoch's last step.
+    """
+
+    def __init__(self, max_seq_len: int, pad_token_id: int):
+        self.max_seq_len, self.pad_token_id = max_seq_len, pad_token_id
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        shape = (max(len(rows), 1), self.max_seq_len)
+        batch = {
+            "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
+            "position_ids": np.zeros(shape, dtype=np.int64),
+            "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),
+            "attention_mask": np.zeros(shape, dtype=np.int64),
+        }
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            batch["input_ids"][index, :length] = row["input_ids"]
+            batch["position_ids"][index, :length] = row["position_ids"]
+            batch["labels"][index, :length] = row.get("labels", row["input_ids"])
+            batch["attention_mask"][index, :length] = 1
+        batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX
+        return {name: torch.from_numpy(array) for name, array in batch.items()}

@@ -1,0 +1,225 @@
+"""Tokenizers: load any, or train a byte-level BPE on your own text.
+
+    python tokenizer.py --files data/pretrain_sample.jsonl --vocab_size 6400 --output my_tokenizer
+
+A trained tokenizer splits text as Qwen2's does (single digits, letters, punctuation, spaces), has
+no normaliser, and therefore gives every Unicode text back exactly.
+"""
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+PAD_TOKEN, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = [PAD_TOKEN, END_OF_TEXT, IM_START, IM_END]
+
+# llama.cpp knows exactly this split as `tokenizer.ggml.pre = qwen2`.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The generation markers tell apply_chat_template which tokens an assistant wrote.
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}"
+    "{{- '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+ALIASES = {
+    "qwen": "Qwen/Qwen3-0.6B",
+    "llama": "meta-llama/Llama-3.2-1B",
+    "mistral": "mistralai/Mistral-7B-v0.3",
+    "chatglm": "zai-org/glm-4-9b-chat-hf",
+    "baichuan": "baichuan-inc/Baichuan2-7B-Chat",
+}
+
+
+def create_tokenizer(
+    model_type: str = "qwen", model_path: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and make it ready for training: a pad token of its own, ChatML template.
+
+    Args:
+        model_type: an alias (qwen, llama, mistral, chatglm, baichuan), a local folder or a Hub
+            name; used when model_path is None.
+        model_path: a local folder or a Hub name.
+        trust_remote_code: run the Python code that some Hub repositories bring (baichuan's).
+
+    Raises:
+        ValueError: nothing there can be loaded; the message says what to do.
+    """
+    name = str(model_path or ALIASES.get(model_type, model_type))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # AutoTokenizer raises a dozen kinds, all meaning the same here
+        raise ValueError(
+            f"No tokenizer could be loaded from {name!r}: it is neither a local folder with a "
+            "tokenizer.json nor a Hub name that can be reached from here. Give a local folder, set "
+            "HF_ENDPOINT to a mirror, or leave tokenizer_path unset to train one on your corpus. "
+            f"(Aliases: {', '.join(ALIASES)}. Cause: {str(error).splitlines()[0]})"
+        ) from error
+    return prepare_special_tokens(tokenizer)
+
+
+def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Give a foreign tokenizer what the three stages rely on; a trained one already has it."""
+    vocabulary = tokenizer.get_vocab()
+    if tokenizer.eos_token is None:
+        tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        # Were padding the EOS token, ignoring padding in the loss would ignore EOS as well.
+        free = END_OF_TEXT in vocabulary and tokenizer.eos_token != END_OF_TEXT
+        tokenizer.add_special_tokens({"pad_token": END_OF_TEXT if free else PAD_TOKEN})
+    missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+    if "{% generation %}" not in (tokenizer.chat_template or ""):
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (arXiv 1508.07909) on a stream of texts.
+
+    The texts are not held in memory, only the counts of their distinct words.
+
+    Raises:
+        ValueError: vocab_size is smaller than the 256 bytes and the special tokens.
+    """
+    smallest = 256 + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {smallest}: bytes and specials."
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_with_roles(texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=END_OF_TEXT,
+        extra_special_tokens=[IM_START, IM_END],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _with_roles(texts: Iterable[str]) -> Iterator[str]:
+    """Mix in the role names, so that each costs one token in every later chat turn."""
+    for text in texts:
+        yield text
+        yield "system\nuser\nassistant\n"
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of texts in which nothing is a control token, whatever it looks like.
+
+    A user who types `<|im_end|>` gets those ten characters, not the end of the turn.
+    """
+    return _encode(tokenizer, texts, split_special_tokens=True)
+
+
+def _encode(tokenizer, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a slow, Python-only tokenizer
+        encoded = tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=split_special_tokens
+        )
+        return encoded["input_ids"]
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = split_special_tokens
+    try:  # the fast path skips the character offsets that nobody here reads
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """UTF-8 bytes of text behind each token id, int64 (len(tokenizer),); special tokens: 0."""
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    special = set(tokenizer.all_special_ids)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and "ByteLevel" in repr(backend.decoder):
+        lengths = [len(token) for token in tokens]  # one printable character stands for each byte
+    else:
+        lengths = [len(tokenizer.decode([i]).encode()) for i in range(len(tokens))]
+    for index in special:
+        lengths[index] = 0
+    return np.array(lengths, dtype=np.int64)
+
+
+def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
+    """Compression on texts, beside one token per character (the simplest Chinese tokenizer)."""
+    characters = size = tokens = 0
+    alphabet: set[str] = set()
+    started = time.perf_counter()
+    for text in texts:
+        characters += len(text)
+        size += len(text.encode())
+        tokens += len(encode_plain(tokenizer, [text])[0])
+        alphabet.update(text)
+    if not tokens:
+        raise ValueError("The files hold no text to measure.")
+    seconds = time.perf_counter() - started
+    return (
+        f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens in {seconds:.1f} s\n"
+        f"this tokenizer     {characters / tokens:5.2f} characters/token  {size / tokens:5.2f} "
+        f"bytes/token   vocabulary {len(tokenizer):,}\n"
+        f"character baseline  1.00 characters/token  {size / characters:5.2f} bytes/token   "
+        f"vocabulary {len(alphabet):,} (this text's distinct characters)"
+    )
+
+
+def main():
+    from train_data import iter_documents  # here: train_data imports this module
+
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer, or measure one."
+    )
+    parser.add_argument(
+        "--files", default="data/pretrain_sample.jsonl", help="file, folder or glob"
+    )
+    parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--output", default="checkpoints/tokenizer", help="folder to write")
+    parser.add_argument("--measure", help="do not train: measure this folder or Hub name instead")
+    arguments = parser.parse_args()
+    documents = partial(iter_documents, arguments.files)
+    try:
+        if arguments.measure:
+            tokenizer = create_tokenizer(model_path=arguments.measure)
+        else:
+            if Path(arguments.output, "tokenizer.json").exists():
+                raise ValueError(f"{arguments.output} already holds a tokenizer; choose another.")
+            tokenizer = train_tokenizer(documents(), arguments.vocab_size)
+            tokenizer.save_pretrained(arguments.output)
+            print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")
+        print(report(tokenizer, documents()))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Pre-training data: read, check, split, tokenize, pack into rows, cache.
+
+    python train_data.py --inspect            the bundled sample as the model will see it
+    python train_data.py --inspect my.jsonl   your own file, folder, glob or Hub dataset
+
+Rows are Arrow files, memory-mapped: a corpus larger than RAM is read in constant memory.
+"""
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from files import (
+    atomic_folder,
+    content_hash,
+    find_files,
+    input_error,
+    is_local,
+    iter_records,
+    settings_hash,
+)
+from packing import PackedCollator, pack_segments, row_length, split_windows
+from tokenizer import create_tokenizer, encode_plain, token_byte_lengths, train_tokenizer
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit: no warning from data workers
+
+SAMPLE = "data/pretrain_sample.jsonl"
+SHARD_CHARACTERS = 4_000_000  # tokenized and packed at a time: bounds the memory
+CACHE_VERSION = 1  # raise it when the rows made from the same text change
+
+
+def prepare_data(
+    tokenizer_path: str | None = None,
+    dataset: str = SAMPLE,
+    max_seq_len: int = 512,
+    vocab_size: int = 6400,
+    validation_ratio: float = 0.05,
+    cache_dir: str = "checkpoints/cache",
+) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
+    """Text -> packed rows, and the tokenizer they were made with.
+
+    Args:
+        tokenizer_path: local folder or Hub name; None trains one of vocab_size on the corpus.
+        dataset: file, folder or glob of .jsonl .json .txt .parquet (also .gz .bz2 .xz .zst), or a
+            Hub dataset name.
+        validation_ratio: share of documents held out, chosen by each document's hash: the split
+            of a document never changes, whatever is added.
+
+    Returns:
+        A DatasetDict with "train" and "validation", rows of input_ids and position_ids of up to
+        max_seq_len tokens, and the tokenizer.
+
+    Raises:
+        ValueError: naming the file, the line and the fix.
+    """
+    if not 0 < validation_ratio < 1:
+        raise ValueError(f"validation_ratio={validation_ratio} must be between 0 and 1.")
+    if max_seq_len < 8:
+        raise ValueError(f"max_seq_len={max_seq_len} must be at least 8.")
+    corpus = corpus_hash(dataset)
+    cache = Path(cache_dir)
+    tokenizer = load_or_train_tokenizer(
+        tokenizer_path, dataset, vocab_size, validation_ratio, cache
+    )
+    identity = settings_hash(tokenizer_identity(tokenizer), max_seq_len, validation_ratio)
+    folder = cache / f"pretrain-{settings_hash(corpus, identity, CACHE_VERSION)}"
+    if not (folder / "statistics.json").exists():
+        with atomic_folder(folder) as temporary:
+            _write_rows(temporary, dataset, tokenizer, max_seq_len, validation_ratio)
+    return _read_rows(folder, dataset), tokenizer
+
+
+def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iterator[str]:
+    """The usable documents of a corpus, each once; what is dropped is counted in `counts`.
+
+    Memory grows by one 8-byte hash per document, to know duplicates.
+    """
+    counts = Counter() if counts is None else counts
+    seen: set[int] = set()
+    for text in _iter_texts(dataset):
+        counts["documents read"] += 1
+        if not isinstance(text, str):
+            counts["dropped: not text"] += 1
+        elif not text.strip():
+            counts["dropped: empty"] += 1
+        elif not _is_unicode(text):
+            counts["dropped: lone surrogates"] += 1
+        elif (digest := xxhash.xxh3_64_intdigest(text.encode())) in seen:
+            counts["dropped: duplicate"] += 1
+        else:
+            seen.add(digest)
+            yield text
+
+
+def _iter_texts(dataset: str) -> Iterator[object]:
+    if not is_local(dataset):
+        yield from (row["text"] for row in _load_from_hub(dataset))
+        return
+    for path in find_files(dataset):
+        for line, record in iter_records(path):
+            if isinstance(record, str):
+                yield record
+            elif isinstance(record, dict) and "text" in record:
+                yield record["text"]
+            else:
+                found = (
+                    f"has {', '.join(map(repr, record))}"
+                    if isinstance(record, dict)
+                    else "is no object"
+                )
+                raise input_error(path, line, f'expected {{"text": "…"}}; this record {found}.')
+
+
+def _load_from_hub(name: str) -> Dataset:
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # the Hub client raises a dozen kinds
+        raise ValueError(
+            f"{name!r} is neither a file here nor a Hub dataset that can be reached "
+            f"(set HF_ENDPOINT to use a mirror). Cause: {str(error).splitlines()[0]}"
+        ) from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"{name}: expected a 'text' column; found {rows.column_names}.")
+    return rows
+
+
+def corpus_hash(dataset: str) -> str:
+    """Changes when the text may have: hash of local files' bytes, or the Hub data's fingerprint."""
+    return (
+        content_hash(find_files(dataset))
+        if is_local(dataset)
+        else _load_from_hub(dataset)._fingerprint
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate from a JSON escape
+        return False
+    return True
+
+
+def is_validation(text: str, ratio: float) -> bool:
+    return xxhash.xxh3_64_intdigest(text.encode(), seed=1) < ratio * 2**64
+
+
+def load_or_train_tokenizer(path, dataset, vocab_size, validation_ratio, cache: Path):
+    if path is not None:
+        return create_tokenizer(model_path=path)
+    name = settings_hash(corpus_hash(dataset), vocab_size, validation_ratio, CACHE_VERSION)
+    folder = cache / f"tokenizer-{name}"
+    if not folder.exists():
+        print(f"Training a {vocab_size:,}-token tokenizer on {dataset} …", flush=True)
+        documents = iter_documents(dataset)
+        texts = (text for text in documents if not is_validation(text, validation_ratio))
+        tokenizer = train_tokenizer(texts, vocab_size)
+        with atomic_folder(folder) as temporary:
+            tokenizer.save_pretrained(temporary)
+    return create_tokenizer(model_path=str(folder))
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that give every text the same ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return settings_hash(vocabulary, tokenizer.eos_token)
+
+
+def _write_rows(folder: Path, dataset, tokenizer, max_seq_len, validation_ratio):
+    counts: Counter = Counter()
+    writers = {
+        name: _RowWriter(folder / f"{name}.arrow", tokenizer, max_seq_len, counts)
+        for name in ("train", "validation")
+    }
+    print(f"Tokenizing {dataset} …", flush=True)
+    for text in iter_documents(dataset, counts):
+        writers["validation" if is_validation(text, validation_ratio) else "train"].add(text)
+    for writer in writers.values():
+        writer.close()
+    if sum(writer.rows for writer in writers.values()) < 2:
+        raise ValueError(
+            f"{dataset}: {counts['tokens']} usable tokens are too few for a training and a "
+            f"validation row of {max_seq_len} ({dict(counts)}). Add text or lower max_seq_len."
+        )
+    (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+
+
+class _RowWriter:
+    """Tokenizes documents shard by shard and appends packed rows to one Arrow file."""
+
+    def __init__(self, path: Path, tokenizer, max_seq_len: int, counts: Counter):
+        self.tokenizer, self.max_seq_len, self.counts = tokenizer, max_seq_len, counts
+        self.id_dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+        fields = [("input_ids", self.id_dtype), ("position_ids", np.uint32)]
+        self.schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(d))) for name, d in fields])
+        self.stream = pa.OSFile(str(path), "wb")
+        self.writer = pa.ipc.new_stream(self.stream, self.schema)
+        self.texts: list[str] = []
+        self.characters = self.rows = 0
+
+    def add(self, text: str):
+        self.texts.append(text)
+        self.characters += len(text)
+        if self.characters >= SHARD_CHARACTERS:
+            self.flush()
+
+    def flush(self):
+        if not self.texts:
+            return
+        documents = encode_plain(self.tokenizer, self.texts)
+        ids = np.concatenate([[*d, self.tokenizer.eos_token_id] for d in documents])
+        segments, start = [], 0
+        for document in documents:
+            for length in split_windows(len(document) + 1, self.max_seq_len):
+                segments.append((start, length))
+                start += length
+        rows, cuts = pack_segments(segments, self.max_seq_len)
+        self._write(ids.astype(self.id_dtype), rows)
+        self.counts.update(
+            {
+                "documents": len(self.texts),
+                "characters": self.characters,
+                "tokens": len(ids),
+                "rows": len(rows),
+                "padding": len(rows) * self.max_seq_len - len(ids),
+                "documents cut to fill rows": cuts,
+            }
+        )
+        self.rows += len(rows)
+        self.texts, self.characters = [], 0
+
+    def _write(self, ids: np.ndarray, rows):
+        segments = [segment for row in rows for segment in row]
+        input_ids = np.concatenate([ids[start : start + length] for start, length in segments])
+        position_ids = np.concatenate(
+            [np.arange(length, dtype=np.uint32) for _, length in segments]
+        )
+        ends = np.cumsum([0] + [row_length(row) for row in rows], dtype=np.int32)
+        columns = [pa.ListArray.from_arrays(ends, values) for values in (input_ids, position_ids)]
+        self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
+
+    def close(self):
+        self.flush()
+        self.writer.close()
+        self.stream.close()
+
+
+def _read_rows(folder: Path, dataset: str) -> DatasetDict:
+    splits = {
+        name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("train", "validation")
+    }
+    if not all(map(len, splits.values())):
+        # So few documents that all fell to one side: hold out the last twentieth of the rows.
+        rows = max(splits.values(), key=len)
+        held_out = max(1, len(rows) // 20)
+        splits["train"] = rows.select(range(len(rows) - held_out))
+        splits["validation"] = rows.select(range(len(rows) - held_out, len(rows)))
+    print(
+        describe(json.loads((folder / "statistics.json").read_text()), splits, dataset), flush=True
+    )
+    return DatasetDict(splits)
+
+
+def describe(counts: dict, splits: dict[str, Dataset], dataset: str) -> str:
+    tokens = counts["tokens"]
+    dropped = ", ".join(
+        f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")
+    )
+    return (
+        f"Data {dataset}: {counts['documents']:,} documents ({dropped or 'none'} dropped), "
+        f"{tokens:,} tokens, {counts['characters'] / tokens:.2f} characters/token; "
+        f"{len(splits['train']):,} training + {len(splits['validation']):,} validation rows, "
+        f"{counts['padding'] / (counts['padding'] + tokens):.2%} padding, "
+        f"{counts['documents cut to fill rows']:,} cuts to fill rows"
+    )
+
+
+def target_bytes(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the targets of packed rows: the denominator of bits per byte."""
+    lengths = token_byte_lengths(tokenizer)
+    return sum(
+        int(lengths[row["input_ids"][row["position_ids"] > 0]].sum())
+        for row in rows.with_format("numpy")
+    )
+
+
+def unigram_loss(splits: DatasetDict, vocab_size: int) -> float:
+    """Validation loss, nats per target, of token frequencies alone: what a model must beat."""
+
+    def target_counts(rows: Dataset) -> np.ndarray:
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for row in rows.with_format("numpy"):
+            targets = row["input_ids"][row["position_ids"] > 0]
+            counts += np.bincount(targets, minlength=vocab_size)
+        return counts
+
+    train = target_counts(splits["train"]) + 1  # add-one smoothing: no token is impossible
+    held_out = target_counts(splits["validation"])
+    return float(-(held_out * np.log(train / train.sum())).sum() / max(held_out.sum(), 1))
+
+
+def inspect(splits: DatasetDict, tokenizer, max_seq_len: int, rows: int) -> Iterator[str]:
+    """Decoded rows: ‖ between documents, [ ] around tokens that are no target."""
+    collate = PackedCollator(max_seq_len, tokenizer.pad_token_id)
+    for index, row in enumerate(islice(splits["train"], rows)):
+        batch = collate([row])
+        targets = int((batch["labels"] >= 0).sum())
+        documents = int((np.asarray(row["position_ids"]) == 0).sum())
+        tokens = len(row["input_ids"])
+        yield f"--- row {index}: {tokens} tokens, {documents} documents, {targets} targets"
+        starts = np.flatnonzero(np.equal(row["position_ids"], 0))
+        runs = np.split(row["input_ids"], starts[1:])
+        yield " ‖ ".join(f"[{tokenizer.decode(r[:1])}]{tokenizer.decode(r[1:])}" for r in runs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare and look at pre-training data.")
+    parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="DATASET")
+    parser.add_argument("--tokenizer_path")
+    parser.add_argument("--max_seq_len", type=int, default=256)
+    parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--rows", type=int, default=3, help="how many rows to print")
+    arguments = parser.parse_args()
+    prepare = partial(prepare_data, arguments.tokenizer_path, arguments.inspect)
+    try:
+        splits, tokenizer = prepare(arguments.max_seq_len, arguments.vocab_size)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print("In a row: ‖ parts documents; the token in [ ] is no target, every other one is.")
+    for line in inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows):
+        print(line)
+    print(
+        f"A model of token frequencies alone has loss {unigram_loss(splits, len(tokenizer)):.3f}."
+    )
+
+
+if __name__ == "__main__":
+    main()
