@@ -6,11 +6,15 @@ convention): attention never crosses a document, and its first token is never a 
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset, DatasetInfo
+from transformers import PreTrainedTokenizerBase
 
 from losses import IGNORE_INDEX
+from tokenizer import token_byte_lengths
 
 Segment = tuple[int, int]  # (start, length) of a run of tokens
 
@@ -94,6 +98,26 @@ def pack_segments(
 
 def row_length(row: list[Segment]) -> int:
     return sum(length for _, length in row)
+
+
+def open_rows(path: Path) -> Dataset:
+    """Memory-map an Arrow file of rows, remembering which cache folder it came from."""
+    return Dataset.from_file(str(path), info=DatasetInfo(description=path.parent.name))
+
+
+def data_fingerprint(rows: Dataset) -> str:
+    """Equal for equal rows: the name of their cache folder, a hash of all that made them."""
+    return rows.info.description
+
+
+def target_bytes(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
+    """UTF-8 bytes of the targets of packed rows: the denominator of bits per byte."""
+    lengths = token_byte_lengths(tokenizer)
+    total = 0
+    for row in rows.with_format("numpy"):
+        labels = row.get("labels", row["input_ids"])
+        total += int(lengths[labels[(row["position_ids"] > 0) & (labels >= 0)]].sum())
+    return total
 
 
 class PackedCollator:

@@ -30,8 +30,8 @@ from files import (
     iter_records,
     settings_hash,
 )
-from packing import PackedCollator, pack_segments, row_length, split_windows
-from tokenizer import create_tokenizer, encode_plain, token_byte_lengths, train_tokenizer
+from packing import PackedCollator, open_rows, pack_segments, row_length, split_windows
+from tokenizer import create_tokenizer, encode_plain, train_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit: no warning from data workers
 
@@ -258,9 +258,7 @@ class _RowWriter:
 
 
 def _read_rows(folder: Path, dataset: str) -> DatasetDict:
-    splits = {
-        name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("train", "validation")
-    }
+    splits = {name: open_rows(folder / f"{name}.arrow") for name in ("train", "validation")}
     if not all(map(len, splits.values())):
         # So few documents that all fell to one side: hold out the last twentieth of the rows.
         rows = max(splits.values(), key=len)
@@ -284,15 +282,6 @@ def describe(counts: dict, splits: dict[str, Dataset], dataset: str) -> str:
         f"{len(splits['train']):,} training + {len(splits['validation']):,} validation rows, "
         f"{counts['padding'] / (counts['padding'] + tokens):.2%} padding, "
         f"{counts['documents cut to fill rows']:,} cuts to fill rows"
-    )
-
-
-def target_bytes(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the targets of packed rows: the denominator of bits per byte."""
-    lengths = token_byte_lengths(tokenizer)
-    return sum(
-        int(lengths[row["input_ids"][row["position_ids"] > 0]].sum())
-        for row in rows.with_format("numpy")
     )
 
 

@@ -1,0 +1,277 @@
+"""Run folders: where a run lives, its checkpoints, its lock, and finding the stage before.
+
+checkpoints/<stage>/<run>/run.json            the configuration the run was started with
+checkpoints/<stage>/<run>/step_00001000/      everything that an exact resume needs
+checkpoints/<stage>/<run>/final/              a plain Hugging Face folder
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+from safetensors.torch import load_model
+from transformers import GenerationConfig
+
+from files import atomic_folder
+from models import CustomLLM
+from tokenizer import END_OF_TEXT, IM_END
+
+# Keys that may differ between a checkpoint and the run that resumes it.
+FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
+FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing"}
+
+
+class CheckpointError(ValueError):
+    """A run folder or checkpoint cannot be used; the message says what to do."""
+
+
+@dataclass
+class Run:
+    """An opened run folder. `state` is what the newest checkpoint holds besides tensors."""
+
+    folder: Path
+    checkpoint: Path | None = None
+    state: dict = field(default_factory=dict)
+    lock: FileLock | None = None
+
+    @property
+    def final(self) -> Path:
+        return self.folder / "final"
+
+
+def open_run(stage: str, run_name: str | None, config: dict, accelerator) -> Run:
+    """Take the run folder to write to: a new one, or with resume "auto" one that was cut off.
+
+    Without a name the newest unfinished run of the same configuration is resumed, else a folder
+    named by the time is made. With a name that folder is taken.
+
+    Raises:
+        CheckpointError: it is finished, of another configuration, in use or not writable.
+    """
+    opened = [_open_run(stage, run_name, config) if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        lock = opened[0].lock if opened[0] else None
+        if opened[0]:
+            opened[0].lock = None  # a lock belongs to one process
+        broadcast_object_list(opened)
+        opened[0].lock = lock
+    return opened[0]
+
+
+def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
+    root = Path(config["output_dir"]) / stage
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"output_dir {config['output_dir']!r}: {error.strerror}.") from error
+    if not os.access(root, os.W_OK):
+        raise CheckpointError(f"output_dir {config['output_dir']!r}: no permission to write.")
+    if run_name is None:
+        folder = _newest_unfinished(root, config) if config["resume"] else None
+        folder = folder or _unused(root / time.strftime("%Y%m%d-%H%M%S"))
+    else:
+        folder = root / run_name
+        _check_may_take(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, lock=FileLock(folder / ".lock"))
+    try:
+        run.lock.acquire(timeout=0)
+    except Timeout as error:
+        raise CheckpointError(
+            f"{folder} is in use by another run: wait for it, or choose another run_name."
+        ) from error
+    if run.final.exists():
+        return run
+    for stale in folder.glob("*.tmp"):
+        shutil.rmtree(stale, ignore_errors=True)
+    (folder / "run.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+    for checkpoint in reversed(list_checkpoints(folder)):
+        if problem := find_damage(checkpoint):
+            print(f"Skipping {checkpoint}: {problem}; taking the one before.", flush=True)
+            continue
+        run.checkpoint = checkpoint
+        run.state = json.loads((checkpoint / "state.json").read_text())
+        break
+    return run
+
+
+def _unused(folder: Path) -> Path:
+    names = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))]
+    return next(name for name in names if not name.exists())
+
+
+def _newest_unfinished(root: Path, config: dict) -> Path | None:
+    unfinished = [f.parent for f in root.glob("*/run.json") if not (f.parent / "final").exists()]
+    same = [folder for folder in unfinished if not changed_keys(folder, config)]
+    return max(same, key=lambda folder: (folder / "run.json").stat().st_mtime, default=None)
+
+
+def _check_may_take(folder: Path, config: dict):
+    if not (folder / "run.json").exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise CheckpointError(f"{folder} is not empty and not a run: choose another run_name.")
+        return
+    if not config["resume"]:
+        raise CheckpointError(f'{folder} exists: choose another run_name, or set resume to "auto".')
+    if changed := changed_keys(folder, config):
+        raise CheckpointError(
+            f"{folder} was started with another configuration ({'; '.join(changed)}): choose "
+            "another run_name, or set these back to resume it."
+        )
+
+
+def changed_keys(folder: Path, config: dict) -> list[str]:
+    """'key: old -> new' for every key that must be equal for an exact resume."""
+    old = json.loads((folder / "run.json").read_text())
+    keys = sorted((set(old) | set(config)) - FREE_KEYS)
+    return [
+        f"{k}: {old.get(k)!r} -> {config.get(k)!r}" for k in keys if old.get(k) != config.get(k)
+    ]
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
+
+
+def save_checkpoint(run: Run, model, optimizers, precision, state: dict, config: dict) -> Path:
+    """Write step_<step> whole or not at all, then drop old ones: the newest and the best stay.
+
+    state: JSON-able; must hold "step", and "val_loss" (or None) to find the best.
+    """
+    target = run.folder / f"step_{state['step']:08d}"
+    if target.exists():
+        return target
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder, max_shard_size="1TB")
+        tensors = {
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": precision.scaler.state_dict(),
+        }
+        torch.save(tensors, folder / "optimizer.pt")
+        (folder / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False))
+        sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
+    run.checkpoint = target
+    _drop_old(run.folder, config["keep_checkpoints"])
+    return target
+
+
+def _drop_old(folder: Path, keep: int):
+    checkpoints = list_checkpoints(folder)
+    losses = {}
+    for path in checkpoints:
+        value = json.loads((path / "state.json").read_text()).get("val_loss")
+        if value is not None:
+            losses[path] = value
+    kept = set(checkpoints[-keep:]) | ({min(losses, key=losses.get)} if losses else set())
+    for path in set(checkpoints) - kept:
+        doomed = path.with_name(path.name + ".tmp")  # so that no half-deleted one looks whole
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What makes a checkpoint unusable, or None."""
+    try:
+        sums = json.loads((checkpoint / "sha256.json").read_text())
+        for name, expected in sums.items():
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} is damaged (checksum differs)"
+    except (OSError, ValueError) as error:
+        return f"unreadable ({error})"
+    return None
+
+
+def load_checkpoint(checkpoint: Path, model, optimizers, precision):
+    """Put a checkpoint's tensors into a model (fp32), its optimizers and the scaler."""
+    load_model(model, checkpoint / "model.safetensors", device=str(precision.device))
+    tensors = torch.load(
+        checkpoint / "optimizer.pt", map_location=precision.device, weights_only=True
+    )
+    for optimizer, state in zip(optimizers, tensors["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    precision.scaler.load_state_dict(tensors["scaler"])
+
+
+def check_same_data(run: Run, fingerprint: str):
+    if run.state and run.state["data_fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{run.folder} was trained on other data (the files or the tokenizer changed): choose "
+            "another run_name, or put the data back to resume it."
+        )
+
+
+def save_final(run: Run, model, tokenizer) -> Path:
+    """Write the run's result as a plain Hugging Face folder with tokenizer and stop tokens."""
+    vocabulary = tokenizer.get_vocab()
+    stops = {tokenizer.eos_token_id} | {
+        vocabulary[t] for t in (END_OF_TEXT, IM_END) if t in vocabulary
+    }
+    stops.discard(tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(stops), pad_token_id=tokenizer.pad_token_id
+    )
+    model.config.eos_token_id, model.config.pad_token_id = (
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    )
+    with atomic_folder(run.final) as folder:
+        model.save_pretrained(folder, max_shard_size="1TB")
+        tokenizer.save_pretrained(folder)
+    return run.final
+
+
+def find_final(output_dir: str, stage: str, script: str) -> Path:
+    """The newest finished run of a stage.
+
+    Raises:
+        CheckpointError: there is none; names the command that makes one.
+    """
+    finals = list(Path(output_dir, stage).glob("*/final"))
+    if not finals:
+        raise CheckpointError(
+            f"No finished {stage} run under {output_dir}/{stage}: run `python {script}` first, or "
+            "set init_from to a model folder."
+        )
+    return max(finals, key=lambda folder: folder.stat().st_mtime)
+
+
+def load_model_folder(path: str, tokenizer, dropout: float, say) -> CustomLLM:
+    """A model in fp32 from any folder of the Qwen3 architecture; says what it inherits.
+
+    Raises:
+        ValueError: no such folder, another architecture, or a vocabulary smaller than the
+            tokenizer's.
+    """
+    if not Path(path, "config.json").is_file():
+        raise ValueError(f"init_from {path}: no model folder (no config.json) there.")
+    model = CustomLLM.from_pretrained(path, dtype=torch.float32, dropout=dropout)
+    config = model.config
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of the "
+            f"model in {path}: use that folder's own tokenizer."
+        )
+    say(
+        f"Starting from {path}: d_model {config.d_model}, n_layers {config.n_layers}, n_heads "
+        f"{config.n_heads}, max_seq_len {config.max_seq_len}, vocabulary {config.vocab_size:,}."
+    )
+    return model
+
+
+def say_how_to_resume(run: Run, stop, say):
+    command = " ".join([Path(sys.executable).name, *sys.argv])
+    say(f"Stopped by {stop.received}; saved {run.checkpoint}. Resume with: {command}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,106 @@
+"""One run's configuration: the script's wandb_config, a caller's keys, the command line."""
+
+import contextlib
+import difflib
+import inspect
+import math
+import sys
+
+CHOICES = {
+    "mixed_precision": ("fp16", "bf16", "no"),
+    "optimizer": ("adamw", "muon"),
+    "torch_compile": ("auto", True, False),
+    "gradient_checkpointing": (True, False),
+    "resume": ("auto", False),
+}
+AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epochs", "top_k"} | {
+    "gradient_accumulation_steps", "log_every", "keep_checkpoints", "max_seq_len", "max_length",
+}  # fmt: skip
+RATIOS = {"warmup_ratio", "min_lr_ratio", "validation_ratio"}
+
+
+def resolve_config(defaults: dict, overrides: dict | None) -> dict:
+    """The script's own wandb_config with the caller's keys put over it.
+
+    Raises:
+        ValueError: every unknown key (with the nearest known one) and wrong value, in one message.
+    """
+    given = dict(overrides or {})
+    problems = []
+    for key, value in given.items():
+        if key not in defaults:
+            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
+            problems.append(f"unknown key {key!r}; the nearest is {near[0]!r}")
+        elif problem := find_problem(key, value, defaults[key]):
+            problems.append(problem)
+    if problems:
+        raise ValueError("wandb_config: " + "; ".join(problems) + ".")
+    return defaults | given
+
+
+def parse_arguments(arguments: list[str], defaults: dict) -> dict:
+    """['--batch_size', '16', '--use_moe=true'] -> {'batch_size': 16, 'use_moe': True}."""
+    parsed = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            raise ValueError(f"expected --key value, found {word!r}. Keys: {', '.join(defaults)}.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = next(words, None)
+            if text is None:
+                raise ValueError(f"--{key} needs a value.")
+        keep_text = isinstance(defaults.get(key), str) and key not in CHOICES
+        parsed[key] = text if keep_text and text.lower() != "none" else parse_value(text)
+    return parsed
+
+
+def parse_value(text: str):
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def find_problem(key: str, value, default) -> str | None:
+    """What is wrong with a value, judged by the key's choices and its default's type."""
+    if key in CHOICES:
+        allowed = CHOICES[key]
+        if not any(value is choice or value == choice != 1 for choice in allowed):
+            return f"{key}={value!r} must be one of {', '.join(map(repr, allowed))}"
+        return None
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else f"{key}={value!r} must be True or False"
+    if isinstance(default, int | float):
+        kinds = (int,) if isinstance(default, int) else (int, float)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
+            return f"{key}={value!r} must be {'a whole number' if kinds == (int,) else 'a number'}"
+        if value < (smallest := 1 if key in AT_LEAST_ONE else 0):
+            return f"{key}={value!r} must be at least {smallest}"
+        if key in RATIOS and value > 1:
+            return f"{key}={value!r} must be at most 1"
+    if isinstance(default, str) and not isinstance(value, str):
+        return f"{key}={value!r} must be text"
+    return None
+
+
+def run_from_command_line(stage_function, defaults: dict):
+    """Call a stage's function with the command line's keys; an error becomes one clear line."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(sys.modules[stage_function.__module__].__doc__)
+        print("Keys and defaults:")
+        for key, value in defaults.items():
+            print(f"  --{key} {value}")
+        print("  --project_name, --run_name: of the wandb project and of the run's folder")
+        return
+    try:
+        own = inspect.signature(stage_function).parameters.keys() - {"wandb_config"}
+        overrides = parse_arguments(arguments, defaults | dict.fromkeys(own, ""))
+        passed = {name: overrides.pop(name) for name in own & overrides.keys()}
+        stage_function(wandb_config=overrides, **passed)
+    except (ValueError, ArithmeticError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error

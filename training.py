@@ -1,0 +1,355 @@
+"""Leaf functions that the three stage loops share: each does one thing and knows no stage."""
+
+import contextlib
+import math
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from losses import IGNORE_INDEX
+
+MUON_LEARNING_RATE = 10.0  # times learning_rate: measured, see benchmarks/README.md
+
+
+# --- device and precision -----------------------------------------------------------------------
+
+
+@dataclass
+class Precision:
+    """Mixed precision: `dtype` of matrix products under autocast (None: fp32), and the scaler."""
+
+    dtype: torch.dtype | None
+    device: torch.device
+    scaler: torch.amp.GradScaler
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def metrics(self) -> dict:
+        enabled = self.scaler.is_enabled()
+        return {"train/loss_scale": self.scaler.get_scale()} if enabled else {}
+
+
+def choose_precision(mixed_precision: str, device: torch.device, say=print) -> Precision:
+    """What `mixed_precision` can mean on this device. fp16 gets a working GradScaler."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[mixed_precision]
+    if device.type != "cuda" and dtype is torch.float16:
+        dtype = torch.bfloat16 if has_native_bf16() else None
+        name = "bf16" if dtype else "fp32"
+        say(f"mixed_precision fp16 is emulated on a {device.type}, and slow: using {name} here.")
+    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ValueError('This GPU has no bf16: set mixed_precision to "fp16".')
+    return make_precision(dtype, device)
+
+
+def make_precision(dtype: torch.dtype | None, device: torch.device) -> Precision:
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    return Precision(dtype, device, scaler)
+
+
+def has_native_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def make_accelerator() -> Accelerator:
+    # Precision and accumulation are spelled out in the loops; Accelerate places and distributes.
+    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    transformers.utils.logging.disable_progress_bar()
+    return accelerator
+
+
+def seed_step(seed: int, step: int, rank: int):
+    """Make the randomness of a step (dropout) a function of (seed, step, rank) alone.
+
+    So a resumed run needs no generator states, and evaluation or sampling cannot disturb it.
+    """
+    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+
+
+def seed_everything(seed: int):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def compile_blocks(model, torch_compile, device: torch.device):
+    """torch.compile each block (5 s, not 20 for the whole model); "auto": on CUDA only."""
+    if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
+        for block in model.model.layers:
+            block.compile()
+
+
+# --- data order ---------------------------------------------------------------------------------
+
+
+class StepSampler:
+    """Which rows form each micro-batch: a function of (seed, epoch, position), nothing else.
+
+    An epoch's last step takes what is left. All ranks get equally many micro-batches per step; one
+    may be empty. As a DataLoader's batch_sampler it yields this rank's micro-batches, in order.
+    """
+
+    def __init__(self, rows: int, config: dict, rank: int = 0, world: int = 1, start_step: int = 0):
+        self.rows, self.seed = rows, config["seed"]
+        self.batch_size, self.rank, self.world = config["batch_size"], rank, world
+        self.rows_per_step = self.batch_size * config["gradient_accumulation_steps"] * world
+        self.steps_per_epoch = math.ceil(rows / self.rows_per_step)
+        self.total_steps = self.steps_per_epoch * config["num_epochs"]
+        if config["max_steps"]:
+            self.total_steps = min(self.total_steps, config["max_steps"])
+        self.start_step = start_step
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def step_rows(self, step: int) -> np.ndarray:
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.Generator(np.random.PCG64([self.seed, epoch])).permutation(self.rows)
+            self._order = (epoch, order)
+        start = position * self.rows_per_step
+        return self._order[1][start : start + self.rows_per_step]
+
+    def micro_batches(self, step: int) -> int:
+        """How many micro-batches this rank runs in a step."""
+        left = self.rows - step % self.steps_per_epoch * self.rows_per_step
+        return math.ceil(min(left, self.rows_per_step) / (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.total_steps):
+            rows = self.step_rows(step)
+            count = self.micro_batches(step) * self.world
+            even = np.array_split(rows, count)
+            pieces = [rows[i * self.batch_size :][: self.batch_size] for i in range(count)]
+            # Full micro-batches on one process; on several, an even share of the last step.
+            for piece in (pieces if self.world == 1 else even)[self.rank :: self.world]:
+                yield piece.tolist()
+
+    def __len__(self) -> int:
+        return sum(self.micro_batches(step) for step in range(self.start_step, self.total_steps))
+
+
+def make_loader(rows, collate, num_workers: int, **sampling) -> DataLoader:
+    return DataLoader(
+        rows,
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(0),  # else every iterator draws from the global one
+        **sampling,
+    )
+
+
+def count_tokens(micro_batches: list[dict], accelerator: Accelerator) -> tuple[int, int]:
+    """(targets, real tokens) of a step, over all its micro-batches and all ranks.
+
+    Counted before the batches move to the device, so that one GPU never waits for it.
+    """
+    targets = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in micro_batches)
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+    if accelerator.num_processes > 1:
+        counts = torch.tensor([targets, tokens], device=accelerator.device)
+        targets, tokens = accelerator.reduce(counts, reduction="sum").tolist()
+    return max(targets, 1), tokens
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def gradient_sync(accelerator: Accelerator, model, is_last: bool):
+    """Ranks exchange gradients once a step, with its last micro-batch."""
+    return contextlib.nullcontext() if is_last else accelerator.no_sync(model)
+
+
+# --- optimizer ----------------------------------------------------------------------------------
+
+
+def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
+
+    Muon: Jordan et al. 2024; scaled to AdamW's update size (arXiv 2502.16982).
+    """
+    matrices = {id(p) for p in model.parameters() if p.ndim >= 2}
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    named = [p for p in model.parameters() if p.requires_grad]
+    decay = config["weight_decay"]
+    optimizers = []
+    if config["optimizer"] == "muon":
+        hidden = [p for p in named if id(p) in matrices - embeddings]
+        learning_rate = MUON_LEARNING_RATE * config["learning_rate"]
+        group = {"params": hidden, "lr": learning_rate, "peak_lr": learning_rate}
+        optimizers.append(
+            torch.optim.Muon([group], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+        named = [p for p in named if id(p) not in matrices - embeddings]
+    groups = [
+        {"params": [p for p in named if id(p) in matrices], "weight_decay": decay},
+        {"params": [p for p in named if id(p) not in matrices], "weight_decay": 0.0},
+    ]
+    groups = [g | {"peak_lr": config["learning_rate"]} for g in groups if g["params"]]
+    fused = all(p.device.type in ("cpu", "cuda") for p in named)
+    return [
+        torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused),
+        *optimizers,
+    ]
+
+
+def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, cosine to the minimum."""
+    warmup = math.ceil(config["warmup_ratio"] * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    lowest = config["min_lr_ratio"]
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
+    """Set every group to its own peak times factor; returns AdamW's, the one that is logged."""
+    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+        group["lr"] = group["peak_lr"] * factor
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float) -> torch.Tensor:
+    """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device.
+
+    After an fp16 overflow the scaler skips the step and halves its scale.
+    """
+    for optimizer in optimizers:
+        precision.scaler.unscale_(optimizer)
+    limit = max_grad_norm or float("inf")
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    for optimizer in optimizers:
+        precision.scaler.step(optimizer)
+    precision.scaler.update()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+class NumericalError(ArithmeticError):
+    """Training cannot go on: the loss is not finite, or fp16's loss scale has collapsed."""
+
+
+def check_finite(loss: float, precision: Precision, step: int, last_checkpoint):
+    """Raise NumericalError before a ruined model can be saved."""
+    scale = precision.scaler.get_scale()
+    problem = None
+    if not math.isfinite(loss):
+        problem = f"the loss is {loss}"
+    elif precision.scaler.is_enabled() and scale < 1.0:
+        problem = f"the fp16 loss scale has collapsed to {scale:.3g}"
+    if problem:
+        good = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "none saved"
+        raise NumericalError(
+            f"Stopped at step {step}: {problem} ({good}). Lower learning_rate or max_grad_norm, "
+            'raise warmup_ratio, or set mixed_precision to "bf16".'
+        )
+
+
+# --- validation and samples ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validate(model, loader, num_bytes: int, precision: Precision, accelerator) -> dict:
+    """val/loss in nats per target, and val/bits_per_byte, over a loader on all ranks."""
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=precision.device)  # nats, targets
+    for batch in loader:
+        batch = to_device(batch, precision.device)
+        with precision.autocast():
+            totals[0] += model(**batch, num_items_in_batch=1, skip_logits=True).loss
+        totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    model.train()
+    nats, targets = accelerator.reduce(totals, reduction="sum").tolist()
+    return {
+        "val/loss": nats / max(targets, 1),
+        "val/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+    }
+
+
+@torch.no_grad()
+def generate_samples(model, tokenizer, prompts: list[str], precision, max_new_tokens=60):
+    """Sampled continuations of rendered prompts, the same random draws each time."""
+    model.eval()
+    samples = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        torch.manual_seed(0)
+        with precision.autocast():
+            output = model.generate(
+                ids.to(precision.device),
+                attention_mask=torch.ones_like(ids).to(precision.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.9,
+            )
+        samples.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    model.train()
+    return samples
+
+
+class StopSignal:
+    """SIGINT (Ctrl-C) and SIGTERM ask the loop to finish its step; a second Ctrl-C kills."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # not in the main thread: nothing to catch
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def stop_requested(stop: StopSignal, accelerator: Accelerator) -> bool:
+    """Whether any rank was asked to stop: all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return stop.received is not None
+    asked = torch.tensor(int(stop.received is not None), device=accelerator.device)
+    return bool(accelerator.reduce(asked, reduction="sum"))
+
+
+def is_due(config: dict, step: int, total_steps: int, stopping: bool) -> dict[str, bool]:
+    """Which of log, eval, sample and save happen after a step: every so many, and at the end.
+
+    A checkpoint is never saved without the loss having been looked at.
+    """
+    end = step == total_steps
+    due = {
+        name: end or (config[f"{name}_every"] > 0 and step % config[f"{name}_every"] == 0)
+        for name in ("log", "eval", "sample", "save")
+    }
+    due["save"] |= stopping
+    due["log"] |= due["save"]
+    return due
+
+
+def moe_metrics(output) -> dict:
+    """Balancing loss (1: balanced) and the busiest expert's share of tokens; {} when dense."""
+    if output.aux_loss is None:
+        return {}
+    return {
+        "train/aux_loss": float(output.aux_loss.detach()),
+        "train/max_expert_load": float(output.expert_load.max()),
+    }
