@@ -219,7 +219,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        past_key_values=None,
+        cache=None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         skip_logits: bool = False,
@@ -241,11 +241,9 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 batch's share of num_items_in_batch). logits: (batch, seq, vocab_size).
                 aux_loss: the balancing loss, 1 when experts are equally used; None when dense.
         """
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden, aux_loss, expert_load = self.model(
-            input_ids, attention_mask, position_ids, past_key_values
-        )
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden, aux_loss, expert_load = self.model(input_ids, attention_mask, position_ids, cache)
         loss = logits = None
         if labels is not None:
             loss = self._loss(hidden, labels, position_ids, num_items_in_batch, aux_loss)
@@ -254,7 +252,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         return CustomLLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
             aux_loss=aux_loss,
             expert_load=expert_load,
         )

@@ -79,7 +79,7 @@ class Tracker:
     def finish(self):
         if self.is_main:
             self.stream.close()
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def make_say(is_main: bool):
