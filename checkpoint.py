@@ -229,21 +229,6 @@ def save_final(run: Run, model, tokenizer) -> Path:
     return run.final
 
 
-def find_final(output_dir: str, stage: str, script: str) -> Path:
-    """The newest finished run of a stage.
-
-    Raises:
-        CheckpointError: there is none; names the command that makes one.
-    """
-    finals = list(Path(output_dir, stage).glob("*/final"))
-    if not finals:
-        raise CheckpointError(
-            f"No finished {stage} run under {output_dir}/{stage}: run `python {script}` first, or "
-            "set init_from to a model folder."
-        )
-    return max(finals, key=lambda folder: folder.stat().st_mtime)
-
-
 def load_model_folder(path: str, tokenizer, dropout: float, say) -> CustomLLM:
     """A model in fp32 from any folder of the Qwen3 architecture; says what it inherits.
 

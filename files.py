@@ -81,6 +81,14 @@ def settings_hash(*settings) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
 
 
+def split_hash(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: below validation_ratio, it is held out.
+
+    So the split of a document never changes, whatever is added to the data.
+    """
+    return xxhash.xxh3_64_intdigest(text.encode(), seed=1) / 2**64
+
+
 def iter_records(path: Path) -> Iterator[tuple[int, object]]:
     """(line, record) of one file: JSON values, parquet rows as dicts, paragraphs of text as str.
 
@@ -184,6 +192,21 @@ def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, row
     except pyarrow.ArrowInvalid as error:
         raise input_error(path, None, f"not a readable parquet file ({error}).") from error
+
+
+def find_final(output_dir: str, stage: str, script: str) -> Path:
+    """The newest finished run of a stage.
+
+    Raises:
+        ValueError: there is none; names the command that makes one.
+    """
+    finals = list(Path(output_dir, stage).glob("*/final"))
+    if not finals:
+        raise ValueError(
+            f"No finished {stage} run under {output_dir}/{stage}: run `python {script}` first, or "
+            "set init_from to a model folder."
+        )
+    return max(finals, key=lambda folder: folder.stat().st_mtime)
 
 
 @contextlib.contextmanager

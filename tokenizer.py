@@ -7,6 +7,7 @@ no normaliser, and therefore gives every Unicode text back exactly.
 """
 
 import argparse
+import json
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from files import settings_hash
 
 PAD_TOKEN, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -155,6 +158,13 @@ def _encode(tokenizer, texts: list[str], split_special_tokens: bool) -> list[lis
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Equal for tokenizers that give every text the same ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return settings_hash(vocabulary, tokenizer.eos_token)
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

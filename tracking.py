@@ -206,8 +206,8 @@ def describe_run(config: dict, model, sampler, precision) -> str:
             "Configuration",
             *lines,
             f"Model: {total:,} parameters ({active:,} active per token), {dtype} on "
-            f"{precision.device}; {tokens:,} tokens per step, {sampler.steps_per_epoch:,} steps per "
-            f"epoch, {sampler.total_steps:,} steps in all.",
+            f"{precision.device}; {tokens:,} tokens per step, {sampler.steps_per_epoch:,} steps "
+            f"per epoch, {sampler.total_steps:,} steps in all.",
         ]
     )
 
@@ -220,7 +220,8 @@ def log_line(metrics: dict, step: int, total_steps: int) -> str:
         memory += f"/{metrics['memory/peak_gib']:.2f}"
     mfu = f" | mfu {metrics['train/mfu']:.1%}" if "train/mfu" in metrics else ""
     return (
-        f"step {step}/{total_steps} | epoch {metrics['train/epoch']:.2f} | loss {metrics['train/loss']:.4f} | "
+        f"step {step}/{total_steps} | epoch {metrics['train/epoch']:.2f} | "
+        f"loss {metrics['train/loss']:.4f} | "
         f"lr {metrics['train/learning_rate']:.2e} | grad {metrics['train/grad_norm']:.2f} | "
         f"{metrics['train/tokens_per_second']:,.0f} tok/s{mfu} | {memory} GiB | "
         f"eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"

@@ -29,9 +29,10 @@ from files import (
     is_local,
     iter_records,
     settings_hash,
+    split_hash,
 )
 from packing import PackedCollator, open_rows, pack_segments, row_length, split_windows
-from tokenizer import create_tokenizer, encode_plain, train_tokenizer
+from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit: no warning from data workers
 
@@ -152,10 +153,6 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def is_validation(text: str, ratio: float) -> bool:
-    return xxhash.xxh3_64_intdigest(text.encode(), seed=1) < ratio * 2**64
-
-
 def load_or_train_tokenizer(path, dataset, vocab_size, validation_ratio, cache: Path):
     if path is not None:
         return create_tokenizer(model_path=path)
@@ -164,18 +161,11 @@ def load_or_train_tokenizer(path, dataset, vocab_size, validation_ratio, cache: 
     if not folder.exists():
         print(f"Training a {vocab_size:,}-token tokenizer on {dataset} …", flush=True)
         documents = iter_documents(dataset)
-        texts = (text for text in documents if not is_validation(text, validation_ratio))
+        texts = (text for text in documents if split_hash(text) >= validation_ratio)
         tokenizer = train_tokenizer(texts, vocab_size)
         with atomic_folder(folder) as temporary:
             tokenizer.save_pretrained(temporary)
     return create_tokenizer(model_path=str(folder))
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that give every text the same ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return settings_hash(vocabulary, tokenizer.eos_token)
 
 
 def _write_rows(folder: Path, dataset, tokenizer, max_seq_len, validation_ratio):
@@ -186,7 +176,8 @@ def _write_rows(folder: Path, dataset, tokenizer, max_seq_len, validation_ratio)
     }
     print(f"Tokenizing {dataset} …", flush=True)
     for text in iter_documents(dataset, counts):
-        writers["validation" if is_validation(text, validation_ratio) else "train"].add(text)
+        writers["validation" if split_hash(text) < validation_ratio else "train"].add(text)
+    _share_out(writers["train"], writers["validation"])
     for writer in writers.values():
         writer.close()
     if sum(writer.rows for writer in writers.values()) < 2:
@@ -195,6 +186,21 @@ def _write_rows(folder: Path, dataset, tokenizer, max_seq_len, validation_ratio)
             f"validation row of {max_seq_len} ({dict(counts)}). Add text or lower max_seq_len."
         )
     (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+
+
+def _share_out(train: "_RowWriter", validation: "_RowWriter"):
+    """When so few documents all fell to one side, the one of the smallest hash is held out."""
+    if train.texts and not (validation.texts or validation.rows):
+        full, empty = train, validation
+    elif validation.texts and not (train.texts or train.rows):
+        full, empty = validation, train
+    else:
+        return
+    ordered = sorted(full.texts, key=split_hash)
+    if len(ordered) > 1 and not full.rows:
+        full.texts, empty.texts = [], []
+        for text in ordered:
+            (validation if text is ordered[0] else train).add(text)
 
 
 class _RowWriter:
@@ -260,7 +266,7 @@ class _RowWriter:
 def _read_rows(folder: Path, dataset: str) -> DatasetDict:
     splits = {name: open_rows(folder / f"{name}.arrow") for name in ("train", "validation")}
     if not all(map(len, splits.values())):
-        # So few documents that all fell to one side: hold out the last twentieth of the rows.
+        # A single document, such as a novel: hold out the last twentieth of its rows.
         rows = max(splits.values(), key=len)
         held_out = max(1, len(rows) // 20)
         splits["train"] = rows.select(range(len(rows) - held_out))
