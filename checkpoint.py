@@ -29,6 +29,9 @@ FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "
 FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing"}
 
 
+_LOCKS: dict[Path, FileLock] = {}
+
+
 class CheckpointError(ValueError):
     """A run folder or checkpoint cannot be used; the message says what to do."""
 
@@ -81,7 +84,8 @@ def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
         folder = root / run_name
         _check_may_take(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, lock=FileLock(folder / ".lock"))
+    # One lock object per folder: a call after a failed one in the same process may have it again.
+    run = Run(folder, lock=_LOCKS.setdefault(folder.resolve(), FileLock(folder / ".lock")))
     try:
         run.lock.acquire(timeout=0)
     except Timeout as error:
@@ -229,8 +233,10 @@ def save_final(run: Run, model, tokenizer) -> Path:
     return run.final
 
 
-def load_model_folder(path: str, tokenizer, dropout: float, say) -> CustomLLM:
+def load_model_folder(path, tokenizer, dropout: float, max_length: int, say) -> CustomLLM:
     """A model in fp32 from any folder of the Qwen3 architecture; says what it inherits.
+
+    Its context grows to max_length where it is shorter: RoPE needs no new weights for that.
 
     Raises:
         ValueError: no such folder, another architecture, or a vocabulary smaller than the
@@ -240,6 +246,7 @@ def load_model_folder(path: str, tokenizer, dropout: float, say) -> CustomLLM:
         raise ValueError(f"init_from {path}: no model folder (no config.json) there.")
     model = CustomLLM.from_pretrained(path, dtype=torch.float32, dropout=dropout)
     config = model.config
+    config.max_seq_len = max(config.max_seq_len, max_length)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of the "

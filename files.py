@@ -1,20 +1,22 @@
 """Reading users' files with errors to act on; writing folders that are whole or absent."""
 
+import bz2
 import contextlib
 import glob
+import gzip
+import importlib
 import json
 import lzma
 import os
 import shutil
-import zlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pyarrow.parquet
 import xxhash
 
-COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 TEXT_BLOCK = 1_000_000  # characters after which a .txt without blank lines is cut at a line end
 
@@ -110,25 +112,36 @@ def iter_records(path: Path) -> Iterator[tuple[int, object]]:
                 yield number, _parse_json(path, number, line)
 
 
-def _iter_lines(path: Path) -> Iterator[tuple[int, str]]:
-    compression = COMPRESSIONS.get(path.suffix)
+def _open(path: Path):
+    if path.suffix != ".zst":
+        openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        return openers.get(path.suffix, open)(path, "rb")
+    try:  # not zstandard: it takes a file that was cut short for a whole one
+        name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+        return importlib.import_module(name).open(path)
+    except ImportError as error:
+        fix = "reading .zst needs `pip install backports.zstd`."
+        raise input_error(path, None, fix) from error
+
+
+def _iter_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     number = 0
-    try:
-        with fsspec.open(str(path), "rb", compression=compression) as stream:
+    with _open(path) as stream:
+        try:
             for number, line in enumerate(stream, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors add
-                yield number, _decode(path, number, line)
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # a disk's error, not the archive's
-        raise input_error(
-            path, number + 1, f"the archive is broken or cut short ({error})."
-        ) from error
-    except ValueError as error:
-        if "Compression type" not in str(error):
-            raise
-        raise input_error(path, None, "reading .zst needs `pip install zstandard`.") from error
+                yield number, line
+        except Exception as error:  # each archive module raises its own kinds
+            if path.suffix not in COMPRESSIONS or getattr(error, "errno", None) is not None:
+                raise  # a disk's error, not the archive's
+            problem = f"the archive is broken or cut short ({error})."
+            raise input_error(path, number + 1, problem) from error
+
+
+def _iter_lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in _iter_raw_lines(path):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors add
+        yield number, _decode(path, number, line)
 
 
 def _decode(path: Path, number: int, line: bytes) -> str:
@@ -144,14 +157,17 @@ def _decode(path: Path, number: int, line: bytes) -> str:
 
 
 def _parse_json(path: Path, number: int, text: str):
+    text = text.rstrip()  # else JSON that stops too early would be wrong on the line after it
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
-        shown = text.splitlines()[error.lineno - 1][:60] if text.strip() else ""
+        shown = text.split("\n")[error.lineno - 1][:60]
         raise input_error(
             path, line, f"broken JSON at column {error.colno}: {error.msg} (the line: {shown!r})."
         ) from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
+        raise input_error(path, number, f"JSON that cannot be read: {error}.") from error
 
 
 def _iter_json(path: Path) -> Iterator[tuple[int, object]]:
@@ -183,15 +199,21 @@ def _iter_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
+    source = path
+    if path.suffix in COMPRESSIONS:
+        source = pyarrow.BufferReader(b"".join(line for _, line in _iter_raw_lines(path)))
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(source)
         number = 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except pyarrow.ArrowInvalid as error:
-        raise input_error(path, None, f"not a readable parquet file ({error}).") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        cause = " ".join(str(error).split())
+        raise input_error(path, None, f"not a readable parquet file ({cause}).") from error
 
 
 def find_final(output_dir: str, stage: str, script: str) -> Path:

@@ -70,9 +70,12 @@ class CustomLLMConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def _check_sizes(self, derived_head_dim: bool):
+        sizes = ["vocab_size", "d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff"]
+        sizes += ["max_seq_len", "moe_d_ff"] if self.use_moe else ["max_seq_len"]
+        sizes += [] if derived_head_dim else ["head_dim"]
         problems = [
             f"{name}={getattr(self, name)} must be at least 1"
-            for name in ("vocab_size", "d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff")
+            for name in sizes
             if getattr(self, name) < 1
         ]
         if not problems:
@@ -128,7 +131,7 @@ class CustomLLMConfig(PreTrainedConfig):
     def _from_qwen3(cls, config: dict, source: str) -> dict:
         model_type = config.pop("model_type", None)
         config["use_moe"] = model_type == "qwen3_moe"
-        rope = config.pop("rope_parameters", None) or config.pop("rope_scaling", None) or {}
+        ropes = {name: config.pop(name, None) or {} for name in ("rope_parameters", "rope_scaling")}
         unsupported = {
             "model_type": model_type not in ("qwen3", "qwen3_moe"),
             "hidden_act": config.pop("hidden_act", "silu") != "silu",
@@ -137,14 +140,17 @@ class CustomLLMConfig(PreTrainedConfig):
             "mlp_only_layers": bool(config.pop("mlp_only_layers", None)),
             "decoder_sparse_step": config.pop("decoder_sparse_step", 1) != 1,
             "norm_topk_prob": config["use_moe"] and not config.pop("norm_topk_prob", False),
-            "rope_parameters": (rope.get("rope_type") or rope.get("type", "default")) != "default",
         }
+        for name, rope in ropes.items():
+            kind = rope.get("rope_type") or rope.get("type", "default")
+            unsupported[name] = kind != "default"
         if any(unsupported.values()):
             names = ", ".join(name for name, bad in unsupported.items() if bad)
             raise ValueError(
                 f"{source} is not a Qwen3 or Qwen3-MoE checkpoint that this model reproduces: "
                 f"unsupported {names} in its config.json (model_type: {model_type})."
             )
+        rope = ropes["rope_parameters"] or ropes["rope_scaling"]
         config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 1e4))
         config["num_experts"] = config.pop("num_local_experts", config.get("num_experts", 4))
         config["top_k"] = config.pop("num_experts_per_tok", 2)

@@ -94,14 +94,14 @@ def can_use_grouped_mm(device: torch.device, dtype: torch.dtype, *row_sizes: int
     """Whether torch's grouped matrix product runs here.
 
     It needs rows of a multiple of 16 bytes, on CUDA compute capability 8.0, and under
-    torch.compile on CUDA bf16: inductor's template knows no other dtype.
+    torch.compile bf16: its shape function, and inductor's template, know no other dtype.
     """
     if any(size * dtype.itemsize % 16 for size in row_sizes):
         return False
-    if device.type != "cuda":
-        return device.type == "cpu"
     if torch.compiler.is_compiling() and dtype != torch.bfloat16:
         return False
+    if device.type != "cuda":
+        return device.type == "cpu"
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 

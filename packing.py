@@ -84,7 +84,10 @@ def pack_segments(
                 taker += 1
                 continue
             part = min(length, gaps[taker])
-            part -= length - part == 1 and part > 2  # leave no fragment without a target
+            if length - part == 1:  # leave no fragment without a target
+                if part == 2:
+                    break
+                part -= 1
             rows[taker].append((start, part))
             gaps[taker] -= part
             start, length = start + part, length - part

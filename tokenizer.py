@@ -8,6 +8,7 @@ no normaliser, and therefore gives every Unicode text back exactly.
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -66,11 +67,12 @@ def create_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # AutoTokenizer raises a dozen kinds, all meaning the same here
+        cause = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(
             f"No tokenizer could be loaded from {name!r}: it is neither a local folder with a "
             "tokenizer.json nor a Hub name that can be reached from here. Give a local folder, set "
             "HF_ENDPOINT to a mirror, or leave tokenizer_path unset to train one on your corpus. "
-            f"(Aliases: {', '.join(ALIASES)}. Cause: {str(error).splitlines()[0]})"
+            f"(Aliases: {', '.join(ALIASES)}. Cause: {cause})"
         ) from error
     return prepare_special_tokens(tokenizer)
 
@@ -154,6 +156,8 @@ def _encode(tokenizer, texts: list[str], split_special_tokens: bool) -> list[lis
         return encoded["input_ids"]
     before = backend.encode_special_tokens
     backend.encode_special_tokens = split_special_tokens
+    backend.no_truncation()  # some tokenizer.json files ask for one, and so does tokenizer(…)
+    backend.no_padding()
     try:  # the fast path skips the character offsets that nobody here reads
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
@@ -170,13 +174,19 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes of text behind each token id, int64 (len(tokenizer),); special tokens: 0."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    special = set(tokenizer.all_special_ids)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and "ByteLevel" in repr(backend.decoder):
         lengths = [len(token) for token in tokens]  # one printable character stands for each byte
+    elif any("▁" in token for token in tokens):  # SentencePiece: ▁ is a space, <0xE4> one byte
+        lengths = [
+            1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+            for token in tokens
+        ]
     else:
         lengths = [len(tokenizer.decode([i]).encode()) for i in range(len(tokens))]
-    for index in special:
+    for index, added in tokenizer.added_tokens_decoder.items():
+        lengths[index] = 0 if added.special else len(added.content.encode())
+    for index in tokenizer.all_special_ids:
         lengths[index] = 0
     return np.array(lengths, dtype=np.int64)
 

@@ -127,9 +127,10 @@ def _load_from_hub(name: str) -> Dataset:
     try:
         rows = load_dataset(name, split="train")
     except Exception as error:  # the Hub client raises a dozen kinds
+        cause = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(
             f"{name!r} is neither a file here nor a Hub dataset that can be reached "
-            f"(set HF_ENDPOINT to use a mirror). Cause: {str(error).splitlines()[0]}"
+            f"(set HF_ENDPOINT to use a mirror). Cause: {cause}"
         ) from error
     if "text" not in rows.column_names:
         raise ValueError(f"{name}: expected a 'text' column; found {rows.column_names}.")
@@ -198,7 +199,7 @@ def _share_out(train: "_RowWriter", validation: "_RowWriter"):
         return
     ordered = sorted(full.texts, key=split_hash)
     if len(ordered) > 1 and not full.rows:
-        full.texts, empty.texts = [], []
+        full.texts, empty.texts, full.characters = [], [], 0
         for text in ordered:
             (validation if text is ordered[0] else train).add(text)
 

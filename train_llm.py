@@ -19,6 +19,12 @@ from checkpoint import (
     say_how_to_resume,
 )
 from models import CustomLLM, CustomLLMConfig
+from optimizers import (
+    build_optimizers,
+    learning_rate_factor,
+    optimizer_step,
+    set_learning_rate,
+)
 from packing import PackedCollator, data_fingerprint, target_bytes
 from run_config import resolve_config, run_from_command_line
 from tracking import (
@@ -35,7 +41,6 @@ from train_data import prepare_data, unigram_loss
 from training import (
     StepSampler,
     StopSignal,
-    build_optimizers,
     check_finite,
     choose_precision,
     compile_blocks,
@@ -43,14 +48,11 @@ from training import (
     generate_samples,
     gradient_sync,
     is_due,
-    learning_rate_factor,
     make_accelerator,
     make_loader,
     moe_metrics,
-    optimizer_step,
     seed_everything,
     seed_step,
-    set_learning_rate,
     stop_requested,
     to_device,
     validate,
@@ -151,7 +153,9 @@ def train(
 
     # 4. Model and optimizer
     if config["init_from"]:
-        model = load_model_folder(config["init_from"], tokenizer, config["dropout"], say)
+        model = load_model_folder(
+            config["init_from"], tokenizer, config["dropout"], config["max_seq_len"], say
+        )
     else:
         model = CustomLLM(make_model_config(config, len(tokenizer)))
     model.to(device).train()

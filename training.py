@@ -15,9 +15,6 @@ from torch.utils.data import DataLoader
 
 from losses import IGNORE_INDEX
 
-MUON_LEARNING_RATE = 10.0  # times learning_rate: measured, see benchmarks/README.md
-
-
 # --- device and precision -----------------------------------------------------------------------
 
 
@@ -169,71 +166,7 @@ def gradient_sync(accelerator: Accelerator, model, is_last: bool):
     return contextlib.nullcontext() if is_last else accelerator.no_sync(model)
 
 
-# --- optimizer ----------------------------------------------------------------------------------
-
-
-def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
-
-    Muon: Jordan et al. 2024; scaled to AdamW's update size (arXiv 2502.16982).
-    """
-    matrices = {id(p) for p in model.parameters() if p.ndim >= 2}
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    named = [p for p in model.parameters() if p.requires_grad]
-    decay = config["weight_decay"]
-    optimizers = []
-    if config["optimizer"] == "muon":
-        hidden = [p for p in named if id(p) in matrices - embeddings]
-        learning_rate = MUON_LEARNING_RATE * config["learning_rate"]
-        group = {"params": hidden, "lr": learning_rate, "peak_lr": learning_rate}
-        optimizers.append(
-            torch.optim.Muon([group], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-        )
-        named = [p for p in named if id(p) not in matrices - embeddings]
-    groups = [
-        {"params": [p for p in named if id(p) in matrices], "weight_decay": decay},
-        {"params": [p for p in named if id(p) not in matrices], "weight_decay": 0.0},
-    ]
-    groups = [g | {"peak_lr": config["learning_rate"]} for g in groups if g["params"]]
-    fused = all(p.device.type in ("cpu", "cuda") for p in named)
-    return [
-        torch.optim.AdamW(groups, lr=config["learning_rate"], betas=(0.9, 0.95), fused=fused),
-        *optimizers,
-    ]
-
-
-def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, cosine to the minimum."""
-    warmup = math.ceil(config["warmup_ratio"] * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    lowest = config["min_lr_ratio"]
-    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
-    """Set every group to its own peak times factor; returns AdamW's, the one that is logged."""
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = group["peak_lr"] * factor
-    return optimizers[0].param_groups[0]["lr"]
-
-
-def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float) -> torch.Tensor:
-    """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device.
-
-    After an fp16 overflow the scaler skips the step and halves its scale.
-    """
-    for optimizer in optimizers:
-        precision.scaler.unscale_(optimizer)
-    limit = max_grad_norm or float("inf")
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    for optimizer in optimizers:
-        precision.scaler.step(optimizer)
-    precision.scaler.update()
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+# --- trouble -----------------------------------------------------------------------------------
 
 
 class NumericalError(ArithmeticError):

@@ -1,0 +1,75 @@
+"""What the data tests share: a tokenizer trained in a moment, the real corpora where they are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before torch is imported. Models this small are slower on two threads than on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from hypothesis import settings
+
+from tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data" / "real"
+TEXTS = ["天地玄黄，宇宙洪荒。", "The quick brown fox.", "user assistant system"]
+
+# A shared machine may be slow: no example fails by its time, and nothing is left in the folder.
+settings.register_profile("toolkit", deadline=None, database=None)
+settings.load_profile("toolkit")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(TEXTS * 10, vocab_size=320)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory, tokenizer) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def real_data():
+    """Path of a real corpus or tokenizer; skips the test where it is absent."""
+
+    def find(name: str) -> Path:
+        if not (REAL_DATA / name).exists():
+            pytest.skip(f"{name} is not bundled with the project")
+        return REAL_DATA / name
+
+    return find
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """Run one of the project's scripts as a user does, in a folder of its own."""
+
+    def run(script: str, *arguments) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / script), *map(str, arguments)],
+            cwd=tmp_path,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
+            capture_output=True,
+            encoding="utf-8",
+        )
+
+    return run
+
+
+@pytest.fixture
+def run_python():
+    """Run a line of Python with the project's modules, in a process of its own."""
+
+    def run(code: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+
+    return run

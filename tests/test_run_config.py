@@ -1,0 +1,85 @@
+import pytest
+
+from run_config import parse_arguments, resolve_config, run_from_command_line
+
+DEFAULTS = {
+    "batch_size": 32,
+    "learning_rate": 5e-4,
+    "use_moe": False,
+    "n_kv_heads": None,
+    "dataset": "a.jsonl",
+    "mixed_precision": "fp16",
+    "torch_compile": "auto",
+    "warmup_ratio": 0.1,
+}
+
+
+def test_a_subset_of_keys_takes_the_rest_from_the_script():
+    assert resolve_config(DEFAULTS, {"batch_size": 4}) == DEFAULTS | {"batch_size": 4}
+    assert resolve_config(DEFAULTS, None) == DEFAULTS
+
+
+def test_an_unknown_key_names_the_nearest_and_all_problems_come_together():
+    wrong = {"batchsize": 4, "learning_rate": "fast", "warmup_ratio": 2}
+    with pytest.raises(ValueError, match="batchsize") as raised:
+        resolve_config(DEFAULTS, wrong)
+    for part in ("the nearest is 'batch_size'", "learning_rate='fast'", "at most 1"):
+        assert part in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", 0),
+        ("batch_size", 1.5),
+        ("batch_size", True),
+        ("use_moe", 1),
+        ("dataset", 3),
+        ("learning_rate", float("nan")),
+        ("mixed_precision", "int8"),
+        ("torch_compile", 1),
+        ("learning_rate", -1e-3),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(key, value):
+    with pytest.raises(ValueError, match=key):
+        resolve_config(DEFAULTS, {key: value})
+
+
+def test_whole_numbers_are_numbers_and_optional_keys_take_anything():
+    config = resolve_config(DEFAULTS, {"learning_rate": 1, "n_kv_heads": 2, "torch_compile": True})
+    assert (config["learning_rate"], config["n_kv_heads"], config["torch_compile"]) == (1, 2, True)
+
+
+def test_the_command_line_gives_typed_values_in_both_spellings():
+    words = "--batch_size 16 --use_moe=true --learning_rate 1e-3 --n_kv_heads none --dataset 7"
+    assert parse_arguments(words.split(), DEFAULTS) == {
+        "batch_size": 16,
+        "use_moe": True,
+        "learning_rate": 1e-3,
+        "n_kv_heads": None,
+        "dataset": "7",
+    }
+
+
+@pytest.mark.parametrize("words", [["batch_size", "1"], ["--batch_size"]])
+def test_a_malformed_command_line_is_refused(words):
+    with pytest.raises(ValueError, match="batch_size"):
+        parse_arguments(words, DEFAULTS)
+
+
+def test_an_error_becomes_one_line_and_exit_code_1(monkeypatch):
+    def stage(run_name=None, wandb_config=None):
+        raise ValueError(f"bad {run_name} {wandb_config}")
+
+    monkeypatch.setattr("sys.argv", ["stage.py", "--run_name", "one", "--batch_size", "2"])
+    with pytest.raises(SystemExit) as stopped:
+        run_from_command_line(stage, DEFAULTS)
+    assert stopped.value.code == "error: bad one {'batch_size': 2}"
+
+
+def test_help_lists_every_key_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["stage.py", "--help"])
+    run_from_command_line(test_help_lists_every_key_and_runs_nothing, DEFAULTS)
+    printed = capsys.readouterr().out
+    assert all(f"--{key} {value}" in printed for key, value in DEFAULTS.items())

@@ -1,0 +1,349 @@
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from unittest.mock import Mock
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict
+
+import train_data
+from packing import data_fingerprint, split_windows, target_bytes
+from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
+from train_data import inspect, iter_documents, prepare_data, unigram_loss
+
+LENGTH = 32  # tokens in a row
+# Seven digits, each a token, and the end of text: four of them fill a row and none is cut.
+EVEN = [f"{number:07d}" for number in range(200)]
+
+
+def write_records(folder: Path, records) -> str:
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def write_texts(folder: Path, texts) -> str:
+    return write_records(folder, [{"text": text} for text in texts])
+
+
+@pytest.fixture
+def prepare(tmp_path, tokenizer_folder):
+    """prepare_data with a ready tokenizer, short rows and a cache of this test's own."""
+
+    def run(dataset: str, **settings):
+        defaults = {"tokenizer_path": tokenizer_folder, "max_seq_len": LENGTH}
+        defaults["cache_dir"] = tmp_path / "cache"
+        return prepare_data(dataset=dataset, **defaults | settings)
+
+    return run
+
+
+def pieces(rows: Dataset) -> list[list[int]]:
+    """The runs of tokens between the places where position_ids restart."""
+    found = []
+    for row in rows:
+        starts = np.flatnonzero(np.equal(row["position_ids"], 0))
+        runs = [run.tolist() for run in np.split(row["input_ids"], starts[1:])]
+        assert row["position_ids"] == [place for run in runs for place in range(len(run))]
+        found += runs
+    return found
+
+
+def texts_of(rows: Dataset, tokenizer) -> set[str]:
+    """Of documents that were not cut: each ends with the end of text."""
+    documents = pieces(rows)
+    assert all(document[-1] == tokenizer.eos_token_id for document in documents)
+    return {tokenizer.decode(document[:-1]) for document in documents}
+
+
+def all_texts(splits: DatasetDict, tokenizer) -> set[str]:
+    return texts_of(splits["train"], tokenizer) | texts_of(splits["validation"], tokenizer)
+
+
+def token_counts(splits: DatasetDict) -> Counter:
+    return Counter(token for rows in splits.values() for row in rows for token in row["input_ids"])
+
+
+def expected_counts(texts, tokenizer) -> Counter:
+    ids = encode_plain(tokenizer, list(texts))
+    return Counter(token for document in ids for token in [*document, tokenizer.eos_token_id])
+
+
+def forbid(monkeypatch, *names: str):
+    for name in names:
+        failing = Mock(side_effect=AssertionError(f"{name} was called"))
+        monkeypatch.setattr(train_data, name, failing)
+
+
+def test_every_document_comes_back_whole_with_its_end_in_one_of_two_splits(tmp_path, prepare):
+    splits, tokenizer = prepare(write_texts(tmp_path, EVEN), validation_ratio=0.2)
+    assert isinstance(splits, DatasetDict)
+    assert set(splits) == {"train", "validation"}
+    assert token_counts(splits) == expected_counts(EVEN, tokenizer)
+    train, held_out = (texts_of(splits[name], tokenizer) for name in ("train", "validation"))
+    assert train | held_out == set(EVEN)
+    assert not train & held_out
+    assert 20 <= len(held_out) <= 60
+
+
+def test_a_tokenizer_is_trained_on_the_corpus_where_none_is_given(tmp_path, prepare):
+    texts = [f"乾坤{number}乾坤" for number in range(100)]
+    dataset = write_texts(tmp_path, texts)
+    splits, tokenizer = prepare(dataset, tokenizer_path=None, vocab_size=270)
+    assert len(tokenizer) == 270
+    assert len(encode_plain(tokenizer, ["乾坤"])[0]) == 1
+    assert token_counts(splits) == expected_counts(texts, tokenizer)
+
+
+def test_no_token_is_lost_or_invented_whatever_the_lengths(tmp_path, prepare):
+    texts = [f"{number} " + "字a" * (number * 37 % 61) for number in range(150)]
+    splits, tokenizer = prepare(write_texts(tmp_path, texts))
+    assert token_counts(splits) == expected_counts(texts, tokenizer)
+    for rows in splits.values():
+        assert max(len(row["input_ids"]) for row in rows) <= LENGTH
+        pieces(rows)
+
+
+def test_a_long_document_is_split_into_consecutive_windows(tmp_path, prepare):
+    novel = "".join(f"{number:05d}" for number in range(100))
+    splits, tokenizer = prepare(write_texts(tmp_path, [novel]))
+    (ids,) = encode_plain(tokenizer, [novel])
+    document = " ".join(map(str, [*ids, tokenizer.eos_token_id]))
+    windows = pieces(splits["train"]) + pieces(splits["validation"])
+    windows.sort(key=lambda window: document.index(" ".join(map(str, window))))
+    assert " ".join(str(token) for window in windows for token in window) == document
+    assert list(map(len, windows)) == split_windows(501, LENGTH)
+    assert len(splits["validation"]) == 1
+
+
+def test_what_is_dropped_is_counted_and_printed(tmp_path, prepare, capsys):
+    unusable = ["", " \n", None, 7, "\ud800", EVEN[0], EVEN[1], EVEN[1]]
+    splits, tokenizer = prepare(write_texts(tmp_path, EVEN + unusable))
+    assert all_texts(splits, tokenizer) == set(EVEN)
+    output = capsys.readouterr().out
+    assert "200 documents" in output
+    for count in ("2 empty", "2 not text", "1 lone surrogates", "3 duplicate"):
+        assert count in output
+    assert "1,600 tokens, 0.88 characters/token" in output
+
+
+def test_the_split_of_a_document_stays_when_documents_are_added_or_reordered(tmp_path, prepare):
+    few, tokenizer = prepare(write_texts(tmp_path, EVEN[:120]), validation_ratio=0.2)
+    more, _ = prepare(write_texts(tmp_path, EVEN[::-1]), validation_ratio=0.2)
+    for name, other in (("train", "validation"), ("validation", "train")):
+        before = texts_of(few[name], tokenizer)
+        assert before
+        assert before <= texts_of(more[name], tokenizer)
+        assert not before & texts_of(more[other], tokenizer)
+
+
+def test_a_second_call_reads_the_cache_and_neither_trains_nor_tokenizes(
+    tmp_path, prepare, monkeypatch
+):
+    dataset = write_texts(tmp_path, EVEN)
+    first, _ = prepare(dataset, tokenizer_path=None, vocab_size=260)
+    forbid(monkeypatch, "encode_plain", "train_tokenizer")
+    renamed = str(Path(dataset).rename(tmp_path / "renamed.jsonl"))
+    second, _ = prepare(renamed, tokenizer_path=None, vocab_size=260)
+    for name in first:
+        assert first[name].to_dict() == second[name].to_dict()
+        assert data_fingerprint(first[name]) == data_fingerprint(second[name])
+
+
+def test_a_changed_byte_is_noticed_though_size_and_date_are_the_same(tmp_path, prepare):
+    dataset = write_texts(tmp_path, EVEN)
+    first, _ = prepare(dataset)
+    date = os.stat(dataset).st_mtime_ns
+    write_texts(tmp_path, [*EVEN[:-1], "9999999"])
+    os.utime(dataset, ns=(date, date))
+    second, tokenizer = prepare(dataset)
+    assert "9999999" in all_texts(second, tokenizer)
+    assert data_fingerprint(first["train"]) != data_fingerprint(second["train"])
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_seq_len": 16}, {"validation_ratio": 0.3}, {"tokenizer_path": None}]
+)
+def test_a_changed_setting_makes_new_rows(tmp_path, prepare, monkeypatch, settings):
+    dataset = write_texts(tmp_path, EVEN)
+    prepare(dataset)
+    forbid(monkeypatch, "encode_plain")
+    with pytest.raises(AssertionError, match="encode_plain was called"):
+        prepare(dataset, **settings)
+
+
+def test_a_writer_that_dies_leaves_no_half_cache_and_the_next_call_works(
+    tmp_path, prepare, monkeypatch
+):
+    monkeypatch.setattr(train_data, "SHARD_CHARACTERS", 200)
+    dataset = write_texts(tmp_path, EVEN)
+    shards = Mock(side_effect=[[[5, 6]], [[5, 6]], KeyboardInterrupt])
+    with monkeypatch.context() as dying:
+        dying.setattr(train_data, "encode_plain", shards)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(dataset)
+    assert os.listdir(tmp_path / "cache") == []
+    splits, tokenizer = prepare(dataset)
+    assert all_texts(splits, tokenizer) == set(EVEN)
+
+
+def test_what_a_killed_process_left_in_the_cache_does_no_harm(tmp_path, prepare):
+    dataset = write_texts(tmp_path, EVEN)
+    _, tokenizer = prepare(dataset)
+    (folder,) = (tmp_path / "cache").iterdir()
+    half = folder.rename(f"{folder}.tmp")
+    (half / "train.arrow").write_bytes(b"half")
+    again, _ = prepare(dataset)
+    assert all_texts(again, tokenizer) == set(EVEN)
+    assert os.listdir(tmp_path / "cache") == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("record", "found"),
+    [({"content": "a", "title": "b"}, "has 'content', 'title'"), ([1, 2], "is no object")],
+)
+def test_a_record_without_text_is_named_by_file_and_line_with_what_it_has(
+    tmp_path, prepare, record, found
+):
+    dataset = write_records(tmp_path, [{"text": "a"}, record])
+    with pytest.raises(ValueError, match="expected") as caught:
+        prepare(dataset)
+    assert str(caught.value) == f'{dataset}:2: expected {{"text": "…"}}; this record {found}.'
+
+
+@pytest.mark.parametrize("texts", [[], ["", " "], ["天"]], ids=["nothing", "blank", "tiny"])
+@pytest.mark.parametrize("settings", [{}, {"tokenizer_path": None}], ids=["given", "trained"])
+def test_too_little_text_says_so_and_what_to_do(tmp_path, prepare, texts, settings):
+    dataset = write_texts(tmp_path, texts)
+    Path(dataset).write_text(Path(dataset).read_text() + "\n")
+    with pytest.raises(ValueError, match="usable tokens are too few") as caught:
+        prepare(dataset, **settings)
+    assert "Add text or lower max_seq_len" in str(caught.value)
+    assert not list((tmp_path / "cache").glob("pretrain-*"))
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1 - 1e-9], ids=["all training", "all validation"])
+def test_few_documents_that_all_fall_to_one_side_still_give_both(tmp_path, prepare, ratio, capsys):
+    splits, tokenizer = prepare(write_texts(tmp_path, EVEN[:6]), validation_ratio=ratio)
+    train, held_out = (texts_of(splits[name], tokenizer) for name in ("train", "validation"))
+    assert (len(train), len(held_out)) == (5, 1)
+    assert train | held_out == set(EVEN[:6])
+    assert "6 documents (none dropped), 48 tokens, 0.88 characters/token" in capsys.readouterr().out
+
+
+def test_text_that_looks_like_control_tokens_never_becomes_one(tmp_path, prepare):
+    texts = [f"{number}{END_OF_TEXT}a{IM_END}\n<|im_start|>user <|pad|>" for number in range(50)]
+    splits, tokenizer = prepare(write_texts(tmp_path, texts), max_seq_len=512)
+    counts = token_counts(splits)
+    control = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)  # the second ends a document
+    assert [counts[token] for token in control] == [0, 50, 0, 0]
+    assert counts == expected_counts(texts, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"validation_ratio": 0.0}, {"validation_ratio": 1.0}, {"max_seq_len": 7}]
+)
+def test_settings_out_of_range_are_named(tmp_path, prepare, settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name}=.* must be "):
+        prepare(write_texts(tmp_path, EVEN), **settings)
+
+
+def test_target_bytes_are_the_bytes_of_all_text_but_each_first_token(tmp_path, prepare):
+    texts = [f"{number:07d}" + "é天😀"[number % 3] for number in range(60)]
+    splits, tokenizer = prepare(write_texts(tmp_path, texts), max_seq_len=64)
+    for rows in splits.values():
+        targets = [tokenizer.decode(p[1:], skip_special_tokens=True) for p in pieces(rows)]
+        assert target_bytes(rows, tokenizer) == sum(len(text.encode()) for text in targets) > 0
+
+
+def test_unigram_loss_is_the_cross_entropy_of_smoothed_training_frequencies():
+    splits = DatasetDict(
+        train=Dataset.from_dict(
+            {"input_ids": [[0, 1, 1, 3, 2]], "position_ids": [[0, 1, 2, 0, 1]]}
+        ),
+        validation=Dataset.from_dict({"input_ids": [[2, 1, 2, 3]], "position_ids": [[0, 1, 2, 3]]}),
+    )
+    # Training targets 1, 1, 2 plus one of each of the four ids: 1, 3, 2, 1 of 7.
+    expected = -(math.log(3 / 7) + math.log(2 / 7) + math.log(1 / 7)) / 3
+    assert unigram_loss(splits, vocab_size=4) == pytest.approx(expected)
+
+
+def test_inspection_parts_documents_and_counts_tokens_documents_and_targets(tmp_path, prepare):
+    splits, tokenizer = prepare(write_texts(tmp_path, EVEN))
+    heading, row = list(inspect(splits, tokenizer, LENGTH, rows=2))[2:]
+    assert heading == "--- row 1: 32 tokens, 4 documents, 28 targets"
+    shown = [f"{text[1]}{text[3:]}" for text in row.split(" ‖ ")]  # [0]000001<|endoftext|>
+    assert len(shown) == 4
+    assert {text.removesuffix(END_OF_TEXT) for text in shown} <= set(EVEN)
+
+
+def test_the_inspect_command_shows_a_file(tmp_path, run_script):
+    write_texts(tmp_path, EVEN)
+    done = run_script("train_data.py", "--inspect", "corpus.jsonl", "--vocab_size", 260)
+    assert done.returncode == 0, done.stderr
+    assert " ‖ " in done.stdout
+    assert "200 documents (none dropped)" in done.stdout
+    # Ten digits, some rare, and the end of text.
+    assert 1 < float(done.stdout.split("has loss ")[1].removesuffix(".\n")) < math.log(11)
+
+
+def test_the_inspect_command_fails_in_one_line_without_a_traceback(run_script):
+    done = run_script("train_data.py", "--inspect", "absent.jsonl")
+    assert done.returncode != 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: absent.jsonl: no such file")
+
+
+@pytest.mark.parametrize("error", [ConnectionError(), OSError("offline\nand more")])
+def test_a_hub_name_that_cannot_be_reached_says_so(prepare, monkeypatch, error):
+    monkeypatch.setattr(train_data, "load_dataset", Mock(side_effect=error))
+    with pytest.raises(ValueError, match="nor a Hub dataset that can be reached") as caught:
+        prepare("owner/dataset")
+    assert "'owner/dataset'" in str(caught.value)
+    assert "HF_ENDPOINT" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hub_dataset_is_read_by_its_text_column(prepare, monkeypatch):
+    hub = Mock(return_value=Dataset.from_dict({"text": EVEN}))
+    monkeypatch.setattr(train_data, "load_dataset", hub)
+    splits, tokenizer = prepare("owner/dataset")
+    assert all_texts(splits, tokenizer) == set(EVEN)
+    hub.return_value = Dataset.from_dict({"body": EVEN})
+    with pytest.raises(ValueError, match=r"expected a 'text' column; found \['body'\]"):
+        prepare("owner/dataset")
+
+
+def test_a_corpus_is_written_shard_by_shard_and_holds_the_same_documents(
+    tmp_path, prepare, monkeypatch
+):
+    dataset = write_texts(tmp_path, EVEN)
+    whole, tokenizer = prepare(dataset, cache_dir=tmp_path / "whole")
+    monkeypatch.setattr(train_data, "encode_plain", encode := Mock(side_effect=encode_plain))
+    monkeypatch.setattr(train_data, "SHARD_CHARACTERS", 70)
+    shards, _ = prepare(dataset)
+    held_at_a_time = [sum(map(len, texts)) for (_, texts), _ in encode.call_args_list]
+    assert max(held_at_a_time) == 70
+    (arrow,) = (tmp_path / "cache").glob("pretrain-*/train.arrow")
+    with pa.memory_map(str(arrow)) as source:
+        batches = list(pa.ipc.open_stream(source))
+    assert len(batches) > 10
+    for name in whole:
+        assert texts_of(whole[name], tokenizer) == texts_of(shards[name], tokenizer)
+
+
+def test_a_real_corpus_is_packed_with_under_one_percent_padding_and_no_token_lost(
+    prepare, real_data
+):
+    dataset = str(real_data("pt_libreoffice_help.jsonl.xz"))
+    splits, tokenizer = prepare(dataset, tokenizer_path=None, vocab_size=2000, max_seq_len=512)
+    counts = token_counts(splits)
+    rows = sum(map(len, splits.values()))
+    assert counts == expected_counts(iter_documents(dataset), tokenizer)
+    assert rows > 200
+    assert 1 - counts.total() / (rows * 512) < 0.01

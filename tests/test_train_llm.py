@@ -1,0 +1,271 @@
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import logged, pretrain_config, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_llm
+import training
+from checkpoint import list_checkpoints
+from tracking import read_metrics
+from train_llm import train
+from training import NumericalError
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(folder) -> dict:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    assert logged(one) == logged(other)
+    expected = weights(other)
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def crash_after(monkeypatch, steps: int):
+    """Let the process die (as an exception) right after so many optimizer steps."""
+    real, done = train_llm.optimizer_step, []
+
+    def step(*arguments):
+        done.append(real(*arguments))
+        if len(done) == steps:
+            raise InterruptedError("crash")
+        return done[-1]
+
+    monkeypatch.setattr(train_llm, "optimizer_step", step)
+
+
+def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path, capsys):
+    final = train(wandb_config=pretrain_config(tmp_path, num_epochs=12, learning_rate=5e-3))
+    printed = capsys.readouterr().out
+    unigram = float(printed.split("token frequencies alone: ")[1].split()[0])
+    validation = [value for _, name, value in logged(final) if name == "val/loss"]
+    assert validation[-1] < min(unigram - 1, validation[0])
+    model = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert model.generation_config.eos_token_id == sorted(
+        tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    )
+    run = Path(final).parent
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "batch_size: 4" in printed and "tokens per step" in printed and "parameters" in printed
+    assert "tok/s" in printed and "eta" in printed
+
+
+@pytest.mark.parametrize("crash_at", [2, 5, 11])
+def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, monkeypatch, crash_at):
+    for name in ("straight", "crashed"):
+        (tmp_path / name).mkdir()
+    changes = {"dropout": 0.1, "num_workers": 2, "num_epochs": 4}
+    straight = train(wandb_config=pretrain_config(tmp_path / "straight", **changes))
+    with monkeypatch.context() as patch:
+        crash_after(patch, crash_at)
+        with pytest.raises(InterruptedError):
+            train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
+    resumed = train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
+    assert len(list((tmp_path / "crashed/checkpoints/pretrain").iterdir())) == 1
+    assert_same_run(resumed, straight)
+
+
+def test_a_killed_process_resumes_bit_equal(tmp_path):
+    (tmp_path / "straight").mkdir()
+    config = pretrain_config(tmp_path, num_epochs=8, save_every=5)
+    straight = train(
+        wandb_config=config | {"output_dir": str(tmp_path / "straight")}, run_name="run"
+    )
+    words = [word for key, value in config.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, str(ROOT / "train_llm.py"), "--run_name", "run", *words]
+    metrics = tmp_path / "checkpoints/pretrain/run/metrics.jsonl"
+    for kill_at in (7, 23):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and f'"step": {kill_at},' in metrics.read_text():
+                break
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "Resuming" in finished.stdout
+    assert_same_run(str(metrics.parent / "final"), straight)
+    assert not list(metrics.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_says_how_to_resume_and_exits_with_0(tmp_path, monkeypatch, capsys, number):
+    real = train_llm.optimizer_step
+
+    def step(*arguments):
+        signal.raise_signal(number)
+        return real(*arguments)
+
+    config = pretrain_config(tmp_path, eval_every=0, save_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_llm, "optimizer_step", step)
+        with pytest.raises(SystemExit) as stopped:
+            train(wandb_config=config, run_name="run")
+    assert stopped.value.code == 0
+    assert f"Stopped by {number.name}" in (printed := capsys.readouterr().out)
+    assert "Resume with: " in printed
+    assert [p.name for p in list_checkpoints(tmp_path / "checkpoints/pretrain/run")] == [
+        "step_00000001"
+    ]
+    resumed = train(wandb_config=config, run_name="run")
+    straight = train(wandb_config=config | {"output_dir": str(tmp_path / "straight")})
+    assert weights(resumed).keys() == weights(straight).keys()
+    for name, tensor in weights(resumed).items():
+        assert torch.equal(tensor, weights(straight)[name]), name
+
+
+def test_many_small_micro_batches_train_as_one_big_batch(tmp_path):
+    def losses(**changes):
+        output = str(tmp_path / str(changes["batch_size"]))
+        config = pretrain_config(tmp_path, **changes, output_dir=output, eval_every=0)
+        return [value for _, name, value in logged(train(wandb_config=config)) if "loss" in name]
+
+    big = losses(batch_size=8, gradient_accumulation_steps=1)
+    small = losses(batch_size=2, gradient_accumulation_steps=4)
+    assert len(big) == len(small) > 3
+    assert big == pytest.approx(small, abs=1e-5)
+
+
+def test_a_mixture_of_experts_trains_and_logs_its_balance(tmp_path):
+    final = train(wandb_config=pretrain_config(tmp_path, use_moe=True, moe_d_ff=16))
+    first = read_metrics(Path(final).parent / "metrics.jsonl")[0]
+    assert first["train/aux_loss"] >= 0.99
+    assert 0.25 <= first["train/max_expert_load"] <= 1
+    assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "Qwen3MoeForCausalLM"
+
+
+def scales(final) -> list[float]:
+    metrics = read_metrics(Path(final).parent / "metrics.jsonl")
+    return [m["train/loss_scale"] for m in metrics if "train/loss_scale" in m]
+
+
+def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(tmp_path, monkeypatch):
+    def fp16(mixed_precision, device, say):
+        precision = training.make_precision(torch.float16, device)
+        precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+        return precision
+
+    monkeypatch.setattr(train_llm, "choose_precision", fp16)
+    norms = {}
+    real = train_llm.optimizer_step
+
+    def step(model, *arguments):
+        before = model.lm_head.weight.detach().clone()
+        norm = real(model, *arguments)
+        norms[len(norms)] = (float(norm), torch.equal(before, model.lm_head.weight))
+        return norm
+
+    monkeypatch.setattr(train_llm, "optimizer_step", step)
+    config = pretrain_config(tmp_path, num_epochs=1, batch_size=8, save_every=2)
+    final = train(wandb_config=config)
+    skipped = [unchanged for norm, unchanged in norms.values() if not math.isfinite(norm)]
+    assert skipped, "a scale of 2^20 overflows fp16 at first"
+    assert all(skipped)
+    assert not all(unchanged for norm, unchanged in norms.values()), "and then trains"
+    expected = scales(final)
+    (tmp_path / "again").mkdir()
+    config = config | {"output_dir": str(tmp_path / "again")}
+    with monkeypatch.context() as patch:
+        crash_after(patch, 3)
+        with pytest.raises(InterruptedError):
+            train(wandb_config=config)
+    resumed = train(wandb_config=config)
+    assert_same_run(resumed, final)
+    assert scales(resumed) == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
+    tmp_path, monkeypatch
+):
+    real = train_llm.optimizer_step
+    steps = []
+
+    def ruin(model, *arguments):
+        steps.append(real(model, *arguments))
+        if len(steps) == 6:
+            torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+        return steps[-1]
+
+    monkeypatch.setattr(train_llm, "optimizer_step", ruin)
+    with pytest.raises(NumericalError, match=r"step 7: the loss is nan .*step_00000004"):
+        train(wandb_config=pretrain_config(tmp_path))
+
+
+def test_a_finished_run_is_returned_and_not_trained_again(tmp_path, monkeypatch):
+    config = pretrain_config(tmp_path)
+    final = train(wandb_config=config, run_name="run")
+    crash_after(monkeypatch, 1)
+    assert train(wandb_config=config, run_name="run") == final
+
+
+def test_init_from_continues_with_another_models_weights_and_tokenizer(tmp_path, capsys):
+    first = train(wandb_config=pretrain_config(tmp_path), run_name="first")
+    config = pretrain_config(tmp_path, init_from=first, learning_rate=1e-9, num_epochs=1)
+    second = train(wandb_config=config, run_name="second")
+    assert "Starting from" in capsys.readouterr().out
+    for name, tensor in weights(second).items():
+        assert torch.allclose(tensor, weights(first)[name], atol=1e-6), name
+
+
+BAD = {
+    "unknown key": ({"learning_rat": 1e-3}, "unknown key 'learning_rat'.*'learning_rate'"),
+    "wrong type": ({"batch_size": "many"}, "batch_size='many' must be a whole number"),
+    "zero": ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    "choice": ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be one of"),
+    "heads": ({"d_model": 30, "n_heads": 4}, "d_model=30 is not divisible by n_heads=4"),
+    "odd head": ({"d_model": 30, "n_heads": 2}, "head_dim=15"),
+    "top_k": ({"use_moe": True, "top_k": 5}, r"top_k=5 must be in 1..num_experts=4"),
+    "no dataset": ({"dataset": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
+    "no tokenizer": ({"tokenizer_path": "nowhere"}, "No tokenizer could be loaded from 'nowhere'"),
+    "small vocabulary": ({"vocab_size": 100}, "vocab_size=100 must be at least"),
+    "no model": ({"init_from": "nowhere"}, "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_clear_error_before_training(tmp_path, monkeypatch, changes, message):
+    crash_after(monkeypatch, 1)
+    with pytest.raises(ValueError, match=message):
+        train(wandb_config=pretrain_config(tmp_path) | changes)
+
+
+def test_broken_data_names_file_and_line(tmp_path):
+    config = pretrain_config(tmp_path)
+    Path(config["dataset"]).write_text('{"text": "一"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:2: broken JSON"):
+        train(wandb_config=config)
+    write_jsonl(Path(config["dataset"]), [{"content": "一"}])
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:1: expected .*'content'"):
+        train(wandb_config=config)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    small = train(wandb_config=pretrain_config(tmp_path, num_epochs=1), run_name="small")
+    large = train(wandb_config=pretrain_config(tmp_path, num_epochs=1, vocab_size=400))
+    config = pretrain_config(tmp_path, init_from=small, tokenizer_path=large)
+    with pytest.raises(ValueError, match=r"tokenizer has 4\d\d tokens, more than the 320"):
+        train(wandb_config=config, run_name="mixed")
+
+
+def test_the_command_line_prints_one_line_for_bad_input_and_exits_with_1(tmp_path):
+    command = [sys.executable, str(ROOT / "train_llm.py"), "--batch_siz", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: wandb_config: unknown key")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,51 @@
+"""What the loop tests share: a corpus and a configuration that train in a second on a CPU."""
+
+import json
+import random
+from pathlib import Path
+
+from tracking import read_metrics
+
+MODEL = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64}
+LOOP = {
+    "batch_size": 4,
+    "num_epochs": 2,
+    "num_workers": 0,
+    "mixed_precision": "no",
+    "eval_every": 4,
+    "save_every": 4,
+    "sample_every": 0,
+}
+PRETRAIN = MODEL | LOOP | {"max_seq_len": 32, "vocab_size": 300}
+EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "val/bits_per_byte")
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Made-up sentences of a few words, so that there is something to learn."""
+    choose = random.Random(seed)
+    words = ["天地玄黄", "宇宙洪荒", "日月盈昃", "辰宿列张", "寒来暑往", "秋收冬藏", "闰余成岁"]
+    return [
+        "，".join(choose.choices(words, k=choose.randint(2, 6))) + f"{i}。" for i in range(count)
+    ]
+
+
+def write_jsonl(path, records) -> str:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def write_corpus(folder, count: int = 60) -> str:
+    return write_jsonl(folder / "corpus.jsonl", [{"text": text} for text in sentences(count)])
+
+
+def pretrain_config(folder, **changes) -> dict:
+    """PRETRAIN on a corpus in `folder`, everything written under it."""
+    paths = {"dataset": write_corpus(folder), "output_dir": str(folder / "checkpoints")}
+    return PRETRAIN | paths | changes
+
+
+def logged(final) -> list[tuple]:
+    """(step, name, value) of every number of a run that must not depend on how it was run."""
+    metrics = read_metrics(Path(final).parent / "metrics.jsonl")
+    return [(m["step"], name, m[name]) for m in metrics for name in EXACT if name in m]
