@@ -59,7 +59,7 @@ def parse_messages(value, key: str) -> list[dict]:
             raise FormatError(
                 f"message {number} of {key!r} has role {role!r}; known: {', '.join(ROLES)}"
             )
-        messages.append({"role": ROLES[role], "content": _text(content, f"message {number}")})
+        messages.append({"role": ROLES[role], "content": text_of(content, f"message {number}")})
         if messages[-1]["role"] == "system" and number > 1:
             raise FormatError(
                 f"message {number} of {key!r} is a system message: only the first may be"
@@ -74,21 +74,21 @@ def _from_instruction(record: dict, response_keys: tuple[str, ...]) -> list[dict
         raise FormatError(
             f'expected {wanted}, "messages" or "conversations"; found keys {sorted(record)}'
         )
-    question = _text(record["instruction"], "instruction")
+    question = text_of(record["instruction"], "instruction")
     if record.get("input"):
-        question += "\n" + _text(record["input"], "input")
+        question += "\n" + text_of(record["input"], "input")
     messages = []
     for asked, answered in record.get("history") or []:
-        messages.append({"role": "user", "content": _text(asked, "history")})
-        messages.append({"role": "assistant", "content": _text(answered, "history")})
+        messages.append({"role": "user", "content": text_of(asked, "history")})
+        messages.append({"role": "assistant", "content": text_of(answered, "history")})
     messages.append({"role": "user", "content": question})
     if response_key:
-        reply = _text(record[response_key], response_key)
+        reply = text_of(record[response_key], response_key)
         messages.append({"role": "assistant", "content": reply})
     return messages
 
 
-def _text(value, where: str) -> str:
+def text_of(value, where: str) -> str:
     if not isinstance(value, str):
         raise FormatError(f"{where} must be text, found {type(value).__name__}")
     try:

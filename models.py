@@ -133,7 +133,8 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None):
-        """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding.
+        """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding,
+        or a ready bool mask (batch, 1, seq, past + seq).
 
         Returns (hidden (batch, seq, d_model), balancing loss, expert load (layers, experts)).
         """
@@ -144,7 +145,7 @@ class Backbone(nn.Module):
             position_ids = positions.expand_as(input_ids)
         cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
         token_mask = None
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.ndim == 2:
             token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
 
         x = F.dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
@@ -165,6 +166,8 @@ def build_attention_mask(input_ids, attention_mask, position_ids, past: int):
     Documents packed into one row are told apart by position_ids that restart at 0. Whether they do
     is not looked up, since that would make a GPU wait: given position_ids always build the mask.
     """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask  # made by the caller: DPO's shared questions
     packed = position_ids is not None and past == 0
     if attention_mask is None and not packed and (past == 0 or input_ids.shape[1] == 1):
         # One new token may see the whole cache: SDPA's causal mask would hide it.

@@ -188,7 +188,7 @@ def train_sft(
 
     # 7. Tracking, and what is about to happen
     tracker = Tracker(run, project_name, config, is_main)
-    say(describe_run(config, model, sampler, precision))
+    say(describe_run(config, model, sampler, precision, config["max_length"]))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
     if step == 0 and is_main:
         say("Before fine-tuning:")

@@ -194,11 +194,10 @@ class Meter:
         return metrics
 
 
-def describe_run(config: dict, model, sampler, precision) -> str:
+def describe_run(config: dict, model, sampler, precision, row_length: int) -> str:
     """The configuration in full, and what it comes to."""
     total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
-    length = config.get("max_seq_len") or config["max_length"]
-    tokens = min(sampler.rows_per_step, sampler.rows) * length
+    tokens = min(sampler.rows_per_step, sampler.rows) * row_length
     dtype = str(precision.dtype or torch.float32).removeprefix("torch.")
     lines = [f"  {key}: {value}" for key, value in config.items()]
     return "\n".join(
@@ -206,7 +205,7 @@ def describe_run(config: dict, model, sampler, precision) -> str:
             "Configuration",
             *lines,
             f"Model: {total:,} parameters ({active:,} active per token), {dtype} on "
-            f"{precision.device}; {tokens:,} tokens per step, {sampler.steps_per_epoch:,} steps "
+            f"{precision.device}; up to {tokens:,} tokens per step, {sampler.steps_per_epoch:,} steps "
             f"per epoch, {sampler.total_steps:,} steps in all.",
         ]
     )

@@ -184,7 +184,7 @@ def train(
 
     # 7. Tracking, and what is about to happen
     tracker = Tracker(run, project_name, config, is_main)
-    say(describe_run(config, model, sampler, precision))
+    say(describe_run(config, model, sampler, precision, config["max_seq_len"]))
     say(f"Validation loss of token frequencies alone: {unigram_loss(splits, len(tokenizer)):.4f}")
     meter = Meter(model, sampler, tokens_seen, device)
 

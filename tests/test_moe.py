@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 import moe
@@ -247,7 +248,28 @@ def test_dense_model_has_no_balancing_loss_and_no_load():
     assert out.expert_load is None
 
 
-# Learning
+# The whole model
+
+
+def test_experts_on_disk_are_separate_matrices(tmp_path):
+    tiny_model(num_experts=3, moe_d_ff=40).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    expected = {"model.layers.1.mlp.gate.weight": (3, 32)}
+    for expert in range(3):
+        prefix = f"model.layers.1.mlp.experts.{expert}"
+        expected |= {f"{prefix}.{name}_proj.weight": (40, 32) for name in ("gate", "up")}
+        expected[f"{prefix}.down_proj.weight"] = (32, 40)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    assert {name: shapes[name] for name in shapes if "layers.1.mlp" in name} == expected
+
+
+def test_aux_loss_is_the_mean_over_layers_and_load_that_of_each():
+    model, layers = tiny_model(), []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda _, args, result: layers.append(result))
+    out = model(random_ids(2, 9))
+    torch.testing.assert_close(out.aux_loss, sum(balance for _, balance, _ in layers) / 3)
+    assert torch.equal(out.expert_load, torch.stack([load for *_, load in layers]))
 
 
 def test_router_learns_from_the_language_modelling_loss_alone():

@@ -1,0 +1,312 @@
+"""Preference data: a question, a chosen and a rejected answer, rendered to token ids.
+
+    python dpo_data.py --inspect                  the bundled sample
+    python dpo_data.py --make_pairs prompts.jsonl --output pairs.jsonl
+                                                  your SFT model's own answers as the rejected ones
+
+Both answers of a pair share one copy of the question: [question][chosen][rejected] in one row,
+where the rejected answer does not see the chosen one. That is exact, and saves the second copy.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from chat_format import (
+    FormatError,
+    Renderer,
+    flatten,
+    iter_conversations,
+    parse_messages,
+    text_of,
+    to_messages,
+    truncate,
+)
+from files import (
+    atomic_folder,
+    content_hash,
+    find_files,
+    find_final,
+    settings_hash,
+    split_hash,
+)
+from packing import best_fit, open_rows
+from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
+
+SAMPLE = "data/dpo_sample.jsonl"
+BATCH = 4096  # pairs rendered at a time: bounds the memory
+CACHE_VERSION = 1
+IDS = pa.list_(pa.uint32())
+SCHEMA = pa.schema(
+    [("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), ("chosen_bytes", pa.int64())]
+)
+
+
+def prepare_dpo_data(
+    tokenizer: PreTrainedTokenizerBase,
+    data_path: str | None = None,
+    max_length: int = 512,
+    split: str | None = "train",
+    validation_ratio: float = 0.1,
+    cache_dir: str = "checkpoints/cache",
+) -> tuple[Dataset | DatasetDict, "PairCollator"]:
+    """Preference records -> pairs of token ids; and the collator that packs pairs into rows.
+
+    Args:
+        data_path: file, folder or glob of records with `chosen` and `rejected` (text or messages)
+            and `instruction` (+ `input`), `prompt`, `messages` or `conversations`.
+        max_length: tokens of a question with either of its answers.
+        split: "train", "validation", or None for a DatasetDict of both.
+
+    Returns:
+        (dataset, data_collator): rows of prompt_ids, chosen_ids, rejected_ids (answers with their
+        end token) and chosen_bytes, the UTF-8 bytes of the chosen answer.
+
+    Raises:
+        ValueError: naming the file, the line and the fix; or when no pair is left.
+    """
+    if max_length < 32:
+        raise ValueError(f"max_length={max_length} must be at least 32.")
+    path = data_path or SAMPLE
+    name = settings_hash(
+        content_hash(find_files(path)),
+        tokenizer_identity(tokenizer),
+        [max_length, validation_ratio, CACHE_VERSION],
+    )
+    folder = Path(cache_dir) / f"dpo-{name}"
+    if not (folder / "statistics.json").exists():
+        print(f"Tokenizing {path} …", flush=True)
+        with atomic_folder(folder) as temporary:
+            _write_pairs(temporary, path, tokenizer, max_length, validation_ratio)
+    rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
+    counts = json.loads((folder / "statistics.json").read_text())
+    drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
+    print(
+        f"Data {path}: {len(rows['train']):,} training + {len(rows['validation']):,} validation "
+        f"pairs ({', '.join(drops) or 'none'} dropped, {counts['answers cut']:,} answers cut)",
+        flush=True,
+    )
+    return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id)
+
+
+def to_pair(record: dict) -> tuple[list[dict], str, str]:
+    """(prompt messages, chosen text, rejected text) of any accepted record.
+
+    Raises:
+        FormatError: names what is missing and what was found.
+    """
+    if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
+        found = sorted(record) if isinstance(record, dict) else type(record).__name__
+        raise FormatError(f'expected "chosen" and "rejected"; found {found}')
+    before, chosen = _answer(record["chosen"], "chosen")
+    before_rejected, rejected = _answer(record["rejected"], "rejected")
+    prompt = record.get("prompt")
+    if isinstance(prompt, list):
+        prompt = parse_messages(prompt, "prompt")
+    elif prompt is not None:
+        prompt = [{"role": "user", "content": text_of(prompt, "prompt")}]
+    elif {"instruction", "messages", "conversations"} & record.keys():
+        prompt = to_messages(record, response_keys=())
+    elif before:
+        if before != before_rejected:
+            raise FormatError("chosen and rejected must begin with the same messages")
+        prompt = before
+    else:
+        raise FormatError(f'expected "instruction" or "prompt"; found keys {sorted(record)}')
+    if prompt[-1]["role"] != "user":
+        raise FormatError("the prompt must end with a user's message")
+    return prompt, chosen, rejected
+
+
+def _answer(value, key: str) -> tuple[list[dict], str]:
+    """(messages before it, text) of an answer given as text, message or list of messages."""
+    if isinstance(value, str):
+        return [], text_of(value, key)
+    messages = parse_messages([value] if isinstance(value, dict) else value, key)
+    if messages[-1]["role"] != "assistant":
+        raise FormatError(f"{key!r} must end with an assistant's message")
+    return messages[:-1], messages[-1]["content"]
+
+
+def _iter_pairs(path: str, counts: Counter) -> Iterator[tuple[list[dict], str, str]]:
+    seen = set()
+    for prompt, chosen, rejected in iter_conversations(path, to_pair):
+        key = json.dumps([prompt, chosen, rejected], sort_keys=True)
+        if not chosen.strip() or not rejected.strip():
+            counts["dropped: empty answer"] += 1
+        elif chosen.strip() == rejected.strip():
+            counts["dropped: equal answers"] += 1
+        elif key in seen:
+            counts["dropped: duplicate"] += 1
+        else:
+            seen.add(key)
+            yield prompt, chosen, rejected
+
+
+def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, validation_ratio: float):
+    counts: Counter = Counter({"answers cut": 0})
+    render = Renderer(tokenizer).render
+    byte_lengths = token_byte_lengths(tokenizer)
+    pairs = _iter_pairs(path, counts)
+    with (
+        pa.ipc.new_stream(str(folder / "train.arrow"), SCHEMA) as train,
+        pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
+    ):
+        while batch := list(islice(pairs, BATCH)):
+            rows = []  # (hash of the question, columns)
+            rendered = render([[*p, reply(c), reply(r)] for p, c, r in batch])
+            for (prompt, _, _), turns in zip(batch, rendered, strict=True):
+                columns = _encode_pair(turns, max_length, counts)
+                if columns["chosen_ids"] == columns["rejected_ids"]:
+                    counts["dropped: equal after truncation"] += 1
+                    continue
+                columns["chosen_bytes"] = int(byte_lengths[columns["chosen_ids"]].sum())
+                question = json.dumps(prompt, sort_keys=True)
+                rows.append((split_hash(question), columns))
+            threshold = validation_ratio
+            if len(rows) > 1 and not any(share < threshold for share, _ in rows):
+                threshold = sorted(share for share, _ in rows)[1]  # so few: hold out the smallest
+            for writer, held_out in ((train, False), (validation, True)):
+                chosen = [columns for share, columns in rows if (share < threshold) is held_out]
+                writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=SCHEMA))
+            counts["pairs"] += len(rows)
+    if not counts["pairs"]:
+        raise ValueError(f"{path}: no pair with two different answers ({dict(counts)}).")
+    (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+
+
+def reply(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def _encode_pair(turns, max_length: int, counts: Counter) -> dict:
+    """The prompt is shortened for the longer answer, so that both answer the same question."""
+    *prompt, chosen, rejected = turns
+    longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
+    conversation = [*prompt, longer]
+    counts["answers cut"] += truncate(conversation, max_length)
+    prompt = conversation[:-1]
+    counts["answers cut"] += truncate([*prompt, shorter], max_length)
+    prompt_ids, _ = flatten(prompt)
+    answers = {
+        name: [*turn.content, *turn.end[:1]]  # the end token is an answer's last target
+        for name, turn in (("chosen_ids", chosen), ("rejected_ids", rejected))
+    }
+    return {"prompt_ids": prompt_ids + chosen.header, **answers}
+
+
+class PairCollator:
+    """Pairs -> rows of [question][chosen][rejected], several pairs to a row, best-fit.
+
+    Tensors (int64): input_ids, position_ids, pair_ids, branch_ids (rows, length), where branch is
+    0 question, 1 chosen, 2 rejected, and -1 padding; and one entry per answer token:
+    predictor_index (flat position that predicts it), target_ids, sequence_index (2 * pair, + 1 if
+    rejected). answer_lengths (2 * pairs,) counts each answer's tokens.
+    """
+
+    def __init__(self, pad_token_id: int, multiple: int = 64):
+        self.pad_token_id, self.multiple = pad_token_id, multiple
+
+    def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
+        parts = [[np.asarray(p[f"{n}_ids"], np.int64) for n in PARTS] for p in pairs]
+        lengths = [sum(map(len, part)) for part in parts]
+        width = -(-max(lengths, default=1) // self.multiple) * self.multiple
+        rows = best_fit(lengths, width) or [[]]
+        shape = (len(rows), width)
+        batch = {
+            "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
+            "position_ids": np.zeros(shape, dtype=np.int64),
+            "pair_ids": np.full(shape, -1, dtype=np.int64),
+            "branch_ids": np.full(shape, -1, dtype=np.int64),
+        }
+        predictors, targets, sequences = [], [], []
+        for row, members in enumerate(rows):
+            start = 0
+            for pair in members:
+                prompt_end = start + len(parts[pair][0]) - 1
+                for branch, ids in enumerate(parts[pair]):
+                    where = slice(start, start + len(ids))
+                    offset = len(parts[pair][0]) if branch else 0
+                    batch["input_ids"][row, where] = ids
+                    batch["position_ids"][row, where] = offset + np.arange(len(ids))
+                    batch["pair_ids"][row, where] = pair
+                    batch["branch_ids"][row, where] = branch
+                    if branch:  # the question's last token predicts both answers' first
+                        before = [prompt_end, *range(start, start + len(ids) - 1)]
+                        predictors.append(row * width + np.array(before))
+                        targets.append(ids)
+                        sequences.append(np.full(len(ids), 2 * pair + branch - 1))
+                    start += len(ids)
+        empty = np.zeros(0, dtype=np.int64)
+        batch["predictor_index"] = np.concatenate([empty, *predictors])
+        batch["target_ids"] = np.concatenate([empty, *targets])
+        batch["sequence_index"] = np.concatenate([empty, *sequences])
+        batch["answer_lengths"] = np.bincount(batch["sequence_index"], minlength=2 * len(pairs))
+        for name in ("reference_logps", "chosen_bytes"):
+            if pairs and name in pairs[0]:
+                batch[name] = np.stack([np.asarray(pair[name]) for pair in pairs])
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+def shared_question_mask(pair_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
+    """(rows, length) ids -> bool (rows, 1, length, length): who may see whom.
+
+    A token sees earlier tokens of its own pair that belong to the question or to its own answer.
+    """
+    length = pair_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=pair_ids.device).tril()
+    same_pair = pair_ids[:, :, None] == pair_ids[:, None, :]
+    branch = branch_ids[:, None, :]
+    return (causal & same_pair & ((branch <= 0) | (branch == branch_ids[:, :, None])))[:, None]
+
+
+def inspect(pairs: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]:
+    """Decoded pairs; chosen in green, rejected in red (or in [ ])."""
+    for pair in islice(pairs, count):
+        yield f"--- {len(pair['prompt_ids'])} tokens of question" + "".join(
+            f", {len(pair[f'{name}_ids'])} of {name} answer" for name in PARTS[1:]
+        )
+        yield tokenizer.decode(pair["prompt_ids"])
+        for name, code in (("chosen", 32), ("rejected", 31)):
+            text = tokenizer.decode(pair[f"{name}_ids"])
+            yield f"{name:>8}: " + (f"\033[{code}m{text}\033[0m" if colour else f"[{text}]")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prepare and look at preference data.")
+    parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")
+    parser.add_argument("--make_pairs", metavar="FILE", help="prompts with answers: make pairs")
+    parser.add_argument("--output", default="pairs.jsonl", help="for --make_pairs")
+    parser.add_argument("--model", help="folder; default: the newest fine-tuned model")
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
+    arguments = parser.parse_args()
+    try:
+        folder = arguments.model or find_final("checkpoints", "sft", "sft_train.py")
+        if arguments.make_pairs:
+            from make_pairs import make_pairs  # needs the model; looking at data does not
+
+            return make_pairs(str(folder), arguments.make_pairs, arguments.output)
+        tokenizer = create_tokenizer(model_path=str(folder))
+        pairs, _ = prepare_dpo_data(tokenizer, arguments.inspect, arguments.max_length)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    for line in inspect(pairs, tokenizer, arguments.rows, colour=sys.stdout.isatty()):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
