@@ -143,7 +143,8 @@ def batch_losses(logps: torch.Tensor, batch: dict, config: dict) -> tuple[torch.
         losses = losses - config["rpo_alpha"] * logps[::2] / lengths[:, 0]
     chosen, rejected = logps.detach().view(-1, 2).unbind(1)
     per_pair = [losses.detach(), chosen_rewards, rejected_rewards]
-    per_pair += [chosen_rewards - rejected_rewards, (chosen_rewards > rejected_rewards).float()]
+    margins = chosen_rewards - rejected_rewards
+    per_pair += [margins, (margins.sign() + 1) / 2]  # a tie, as at the start, is half right
     per_pair += [chosen, rejected]
     moved = batch["reference_logps"].view(-1, 2)[:, 0] - chosen  # nats, of whole answers
     totals = [values.sum() for values in (*per_pair, moved)]

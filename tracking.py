@@ -205,8 +205,8 @@ def describe_run(config: dict, model, sampler, precision, row_length: int) -> st
             "Configuration",
             *lines,
             f"Model: {total:,} parameters ({active:,} active per token), {dtype} on "
-            f"{precision.device}; up to {tokens:,} tokens per step, {sampler.steps_per_epoch:,} steps "
-            f"per epoch, {sampler.total_steps:,} steps in all.",
+            f"{precision.device}; up to {tokens:,} tokens per step, {sampler.steps_per_epoch:,} "
+            f"steps per epoch, {sampler.total_steps:,} steps in all.",
         ]
     )
 
