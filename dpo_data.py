@@ -290,6 +290,7 @@ def main():
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")
     parser.add_argument("--make_pairs", metavar="FILE", help="prompts with answers: make pairs")
     parser.add_argument("--output", default="pairs.jsonl", help="for --make_pairs")
+    parser.add_argument("--limit", type=int, help="for --make_pairs: at most so many prompts")
     parser.add_argument("--model", help="folder; default: the newest fine-tuned model")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
@@ -299,7 +300,7 @@ def main():
         if arguments.make_pairs:
             from make_pairs import make_pairs  # needs the model; looking at data does not
 
-            return make_pairs(str(folder), arguments.make_pairs, arguments.output)
+            return make_pairs(str(folder), arguments.make_pairs, arguments.output, arguments.limit)
         tokenizer = create_tokenizer(model_path=str(folder))
         pairs, _ = prepare_dpo_data(tokenizer, arguments.inspect, arguments.max_length)
     except (ValueError, OSError) as error:

@@ -7,7 +7,6 @@ torchrun --nproc_per_node 2 train_llm.py                 several GPUs
 
 from itertools import islice
 
-
 from checkpoint import (
     check_same_data,
     load_checkpoint,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from tokenizer import create_tokenizer
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.9, 0.95, 256
 
 
-def make_pairs(model_path: str, prompts_path: str, output: str):
+def make_pairs(model_path: str, prompts_path: str, output: str, limit: int | None = None):
     """Write instruction/chosen/rejected records, one per conversation of prompts_path.
 
     Goes on where it stopped: a prompt that `output` already holds is not sampled again. A sample
@@ -24,7 +25,7 @@ def make_pairs(model_path: str, prompts_path: str, output: str):
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     model = load_model_folder(model_path, tokenizer, 0.0, 0, print).to(device).eval()
     done = _read_done(Path(output))
-    conversations = list(iter_conversations(prompts_path, to_messages))
+    conversations = list(islice(iter_conversations(prompts_path, to_messages), limit))
     written = 0
     with open(output, "a", encoding="utf-8") as stream:
         for messages in tqdm(conversations, disable=None, unit="prompt"):

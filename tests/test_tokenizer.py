@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import sys
 import unicodedata
 from pathlib import Path
@@ -113,8 +114,7 @@ def test_each_digit_is_a_token_however_often_a_number_was_seen():
     text = "¥2024, 1234567890年(5)-6.7% x8"
     tokenizer = train_tokenizer([text] * 500, vocab_size=300)
     tokens = tokenizer.convert_ids_to_tokens(encode_plain(tokenizer, [text])[0])
-    digits = [token for token in tokens if any(map(str.isdigit, token))]
-    assert digits == [character for character in text if character.isdigit()]
+    assert [token for token in tokens if re.search("[0-9]", token)] == re.findall("[0-9]", text)
 
 
 def test_the_four_special_tokens_have_the_first_ids_and_padding_is_not_the_end(tokenizer):
