@@ -73,3 +73,13 @@ def run_python():
         return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> str:
+    """Folder of a tiny pre-trained model with its tokenizer."""
+    from tiny import pretrain_config
+
+    from train_llm import train
+
+    return train(wandb_config=pretrain_config(tmp_path_factory.mktemp("base"), num_epochs=1))

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_rows_hold_whole_conversations_whose_positions_restart(tmp_path, tokeniz
     for row in all_rows(splits):
         assert len(row["input_ids"]) <= 128
         starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["input_ids"])]
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in pairwise(starts):
             found.append(tuple(row["input_ids"][start:end]))
             assert row["position_ids"][start:end] == list(range(end - start))
     assert sorted(found) == expected

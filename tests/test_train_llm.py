@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny import logged, pretrain_config, write_jsonl
+from tiny import (
+    assert_same_run,
+    crash_after,
+    logged,
+    pretrain_config,
+    weights,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
@@ -19,30 +25,6 @@ from train_llm import train
 from training import NumericalError
 
 ROOT = Path(__file__).parent.parent
-
-
-def weights(folder) -> dict:
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def assert_same_run(one, other):
-    assert logged(one) == logged(other)
-    expected = weights(other)
-    for name, tensor in weights(one).items():
-        assert torch.equal(tensor, expected[name]), name
-
-
-def crash_after(monkeypatch, steps: int):
-    """Let the process die (as an exception) right after so many optimizer steps."""
-    real, done = train_llm.optimizer_step, []
-
-    def step(*arguments):
-        done.append(real(*arguments))
-        if len(done) == steps:
-            raise InterruptedError("crash")
-        return done[-1]
-
-    monkeypatch.setattr(train_llm, "optimizer_step", step)
 
 
 def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path, capsys):
@@ -70,7 +52,7 @@ def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, monk
     changes = {"dropout": 0.1, "num_workers": 2, "num_epochs": 4}
     straight = train(wandb_config=pretrain_config(tmp_path / "straight", **changes))
     with monkeypatch.context() as patch:
-        crash_after(patch, crash_at)
+        crash_after(patch, train_llm, crash_at)
         with pytest.raises(InterruptedError):
             train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
     resumed = train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
@@ -181,7 +163,7 @@ def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(tmp_path, 
     (tmp_path / "again").mkdir()
     config = config | {"output_dir": str(tmp_path / "again")}
     with monkeypatch.context() as patch:
-        crash_after(patch, 3)
+        crash_after(patch, train_llm, 3)
         with pytest.raises(InterruptedError):
             train(wandb_config=config)
     resumed = train(wandb_config=config)
@@ -209,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
 def test_a_finished_run_is_returned_and_not_trained_again(tmp_path, monkeypatch):
     config = pretrain_config(tmp_path)
     final = train(wandb_config=config, run_name="run")
-    crash_after(monkeypatch, 1)
+    crash_after(monkeypatch, train_llm, 1)
     assert train(wandb_config=config, run_name="run") == final
 
 
@@ -239,7 +221,7 @@ BAD = {
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_clear_error_before_training(tmp_path, monkeypatch, changes, message):
-    crash_after(monkeypatch, 1)
+    crash_after(monkeypatch, train_llm, 1)
     with pytest.raises(ValueError, match=message):
         train(wandb_config=pretrain_config(tmp_path) | changes)
 

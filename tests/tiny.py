@@ -4,6 +4,9 @@ import json
 import random
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from tracking import read_metrics
 
 MODEL = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64}
@@ -18,6 +21,13 @@ LOOP = {
 }
 PRETRAIN = MODEL | LOOP | {"max_seq_len": 32, "vocab_size": 300}
 EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "val/bits_per_byte")
+EXACT += (
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "kl/chosen",
+    "val/rewards/margins",
+)
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -49,3 +59,59 @@ def logged(final) -> list[tuple]:
     """(step, name, value) of every number of a run that must not depend on how it was run."""
     metrics = read_metrics(Path(final).parent / "metrics.jsonl")
     return [(m["step"], name, m[name]) for m in metrics for name in EXACT if name in m]
+
+
+def write_conversations(folder, count: int = 40) -> str:
+    records = [
+        {"instruction": f"问{i}：{t[:4]}？", "response": t} for i, t in enumerate(sentences(count))
+    ]
+    return write_jsonl(folder / "sft.jsonl", records)
+
+
+def write_preferences(folder, count: int = 40) -> str:
+    """Chosen answers are sentences, rejected ones the same backwards."""
+    records = [
+        {"instruction": f"问{i}：{t[:4]}？", "chosen": t, "rejected": t[::-1]}
+        for i, t in enumerate(sentences(count))
+    ]
+    return write_jsonl(folder / "dpo.jsonl", records)
+
+
+def sft_config(folder, base: str, **changes) -> dict:
+    paths = {"dataset": write_conversations(folder), "output_dir": str(folder / "checkpoints")}
+    return LOOP | {"max_length": 64, "init_from": base} | paths | changes
+
+
+def dpo_config(folder, base: str, **changes) -> dict:
+    paths = {"dataset": write_preferences(folder), "output_dir": str(folder / "checkpoints")}
+    return (
+        LOOP
+        | {"max_length": 64, "init_from": base, "gradient_accumulation_steps": 2}
+        | paths
+        | changes
+    )
+
+
+def crash_after(monkeypatch, stage, steps: int):
+    """Let a stage's process die (as an exception) right after so many optimizer steps."""
+    real, done = stage.optimizer_step, []
+
+    def step(*arguments):
+        done.append(real(*arguments))
+        if len(done) == steps:
+            raise InterruptedError("crash")
+        return done[-1]
+
+    monkeypatch.setattr(stage, "optimizer_step", step)
+
+
+def weights(folder) -> dict:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    """Every number that was logged and every final weight are equal to the bit."""
+    assert logged(one) == logged(other)
+    expected = weights(other)
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, expected[name]), name

@@ -1,0 +1,235 @@
+import json
+import math
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    assert_same_run,
+    crash_after,
+    dpo_config,
+    logged,
+    write_conversations,
+    write_preferences,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpo_train
+from dpo_train import train_dpo
+from make_pairs import make_pairs
+from tracking import read_metrics
+from training import NumericalError
+
+
+def metrics_of(final) -> list[dict]:
+    return read_metrics(Path(final).parent / "metrics.jsonl")
+
+
+def test_held_out_accuracy_rises_from_one_half(tmp_path, base_model, capsys):
+    config = dpo_config(tmp_path, base_model, num_epochs=6, learning_rate=5e-3)
+    final = train_dpo(wandb_config=config)
+    validation = [m for m in metrics_of(final) if "val/rewards/accuracies" in m]
+    assert validation[0]["step"] == 0
+    assert validation[0]["val/loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert validation[0]["val/rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert validation[-1]["val/rewards/accuracies"] > 0.8
+    assert validation[-1]["val/loss"] < 0.6
+    first = next(m for m in metrics_of(final) if m["step"] == 1)
+    for name in ("rewards/chosen", "rewards/rejected", "logps/rejected", "kl/chosen"):
+        assert name in first
+    assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "Qwen3ForCausalLM"
+    assert AutoTokenizer.from_pretrained(final).eos_token == "<|im_end|>"
+    assert "Before preference optimization" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("crash_at", [3, 7])
+def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, monkeypatch, crash_at):
+    for name in ("straight", "crashed"):
+        (tmp_path / name).mkdir()
+    changes = {"dropout": 0.1, "batch_size": 2}
+    straight = train_dpo(wandb_config=dpo_config(tmp_path / "straight", base_model, **changes))
+    with monkeypatch.context() as patch:
+        crash_after(patch, dpo_train, crash_at)
+        with pytest.raises(InterruptedError):
+            train_dpo(wandb_config=dpo_config(tmp_path / "crashed", base_model, **changes))
+    resumed = train_dpo(wandb_config=dpo_config(tmp_path / "crashed", base_model, **changes))
+    assert_same_run(resumed, straight)
+
+
+def test_many_small_micro_batches_train_as_one_big_batch(tmp_path, base_model):
+    def losses(batch_size, accumulation):
+        config = dpo_config(tmp_path, base_model, batch_size=batch_size, eval_every=0)
+        config |= {"gradient_accumulation_steps": accumulation}
+        config |= {"output_dir": str(tmp_path / str(batch_size)), "learning_rate": 1e-3}
+        final = train_dpo(wandb_config=config)
+        return [value for _, name, value in logged(final) if name in ("train/loss", "kl/chosen")]
+
+    big, small = losses(8, 1), losses(2, 4)
+    assert len(big) == len(small) > 6
+    assert big == pytest.approx(small, abs=1e-5)
+
+
+def test_the_reference_is_computed_once_and_again_when_weights_or_data_change(
+    tmp_path, base_model, monkeypatch
+):
+    computed = []
+    real = dpo_train.add_reference_logps.__globals__["reference_logps"]
+
+    def count(*arguments):
+        computed.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr("preference.reference_logps", count)
+    config = dpo_config(tmp_path, base_model, max_steps=1)
+    first = train_dpo(wandb_config=config, run_name="one")
+    assert len(computed) == 2, "training and validation split"
+    train_dpo(wandb_config=config, run_name="two")
+    assert len(computed) == 2
+    train_dpo(wandb_config=config, run_name="three", reference_model_path=first)
+    assert len(computed) == 4
+    write_preferences(tmp_path, count=41)
+    train_dpo(wandb_config=config, run_name="four")
+    assert len(computed) == 6
+
+
+def test_another_reference_gives_a_margin_at_the_start(tmp_path, base_model):
+    config = dpo_config(tmp_path, base_model, learning_rate=1e-2)
+    trained = train_dpo(wandb_config=config, run_name="trained")
+    final = train_dpo(wandb_config=config, run_name="other", reference_model_path=trained)
+    assert abs(metrics_of(final)[0]["val/rewards/margins"]) > 1e-3
+
+
+def test_a_learning_rate_that_breaks_the_model_warns_saves_and_stops(tmp_path, base_model, capsys):
+    changes = {"learning_rate": 0.5, "eval_every": 1, "save_every": 0, "max_steps": 4}
+    config = dpo_config(tmp_path, base_model, **changes)
+    train_dpo(wandb_config=config, run_name="warned")
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING: chosen answers of the validation set") == 1
+    assert "Lower learning_rate, raise beta, or set rpo_alpha" in printed
+    with pytest.raises(NumericalError, match=r"by stop_on_collapse; saved .*step_0000000\d"):
+        train_dpo(wandb_config=config | {"stop_on_collapse": True}, run_name="stopped")
+
+
+def test_a_signal_saves_and_exits_with_0(tmp_path, base_model, monkeypatch, capsys):
+    real = dpo_train.optimizer_step
+
+    def step(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(dpo_train, "optimizer_step", step)
+    with pytest.raises(SystemExit) as stopped:
+        train_dpo(wandb_config=dpo_config(tmp_path, base_model))
+    assert stopped.value.code == 0
+    assert "Stopped by SIGTERM" in capsys.readouterr().out
+
+
+def test_bad_input_stops_before_training(tmp_path, base_model, monkeypatch):
+    crash_after(monkeypatch, dpo_train, 1)
+    config = dpo_config(tmp_path, base_model)
+    with pytest.raises(ValueError, match="beta=0 must be above 0"):
+        train_dpo(wandb_config=config | {"beta": 0})
+    with pytest.raises(ValueError, match="No finished sft run"):
+        train_dpo(wandb_config=config | {"init_from": None})
+    Path(config["dataset"]).write_text('{"instruction": "问", "chosen": "好"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"dpo\.jsonl:1: .*found \['chosen', 'instruction'\]"):
+        train_dpo(wandb_config=config)
+
+
+def test_pairs_are_made_from_the_models_own_answers_and_go_on_where_they_stopped(
+    tmp_path, base_model, monkeypatch
+):
+    monkeypatch.setattr("make_pairs.MAX_NEW_TOKENS", 8)
+    prompts = write_conversations(tmp_path, count=5)
+    whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
+    make_pairs(base_model, prompts, str(whole))
+    lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
+    records = [json.loads(line) for line in lines]
+    answers = {
+        record["instruction"]: record["response"]
+        for record in map(json.loads, Path(prompts).read_text(encoding="utf-8").splitlines())
+    }
+    assert records
+    for record in records:
+        assert record["chosen"] == answers[record["instruction"]] != record["rejected"]
+    half.write_text("".join(lines[:2]) + lines[2][:10], encoding="utf-8")
+    make_pairs(base_model, prompts, str(half))
+    assert half.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
+
+
+def test_the_command_makes_pairs_and_prints_one_line_for_errors(run_script, base_model, tmp_path):
+    prompts = write_conversations(tmp_path, count=1)
+    made = run_script("dpo_data.py", "--make_pairs", prompts, "--model", base_model)
+    assert made.returncode == 0, made.stderr
+    assert (tmp_path / "pairs.jsonl").exists()
+    failed: subprocess.CompletedProcess = run_script("dpo_data.py", "--inspect")
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: No finished sft run")
+
+
+def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
+    trl = pytest.importorskip("trl", reason="a peer, not a requirement")
+    from datasets import Dataset
+
+    from dpo_data import prepare_dpo_data
+    from models import CustomLLM
+    from preference import AnswerScorer, batch_losses
+
+    config = dpo_config(tmp_path, base_model)
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.eos_token = "<|im_end|>"
+    splits, collate = prepare_dpo_data(
+        tokenizer, config["dataset"], 64, None, cache_dir=str(tmp_path / "cache")
+    )
+    pairs = [*splits["train"], *splits["validation"]]
+    torch.manual_seed(0)
+    reference = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    policy = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    for parameter in policy.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    policy.save_pretrained(tmp_path / "policy")
+    batch = collate(pairs)
+    with torch.no_grad():
+        batch["reference_logps"] = AnswerScorer(reference)(**batch).view(-1, 2)
+    options = dpo_train.wandb_config | {"beta": 0.3}
+    losses, sums = batch_losses(AnswerScorer(policy)(**batch), batch, options)
+    losses.mean().backward()
+
+    lines = Path(config["dataset"]).read_text(encoding="utf-8").splitlines()
+    records = [
+        {
+            "prompt": [{"role": "user", "content": r["instruction"]}],
+            "chosen": [{"role": "assistant", "content": r["chosen"]}],
+            "rejected": [{"role": "assistant", "content": r["rejected"]}],
+        }
+        for r in map(json.loads, lines)
+    ]
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tmp_path / "policy", dtype=torch.float32),
+        ref_model=AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"),
+            beta=0.3,
+            max_length=64,
+            per_device_train_batch_size=len(records),
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(records),
+        processing_class=tokenizer,
+    )
+    theirs = next(iter(trainer.get_train_dataloader()))
+    trainer.model.eval()
+    loss = trainer.compute_loss(trainer.model, theirs)
+    loss.backward()
+    assert float(losses.mean()) == pytest.approx(float(loss), abs=1e-5)
+    logged_rewards = trainer._metrics["eval" if not trainer.model.training else "train"]
+    chosen = logged_rewards["rewards/chosen"][-1]
+    assert float(sums[1]) / len(pairs) == pytest.approx(chosen, abs=1e-5)
+    peers = dict(trainer.model.named_parameters())
+    for name, parameter in policy.named_parameters():
+        assert torch.allclose(parameter.grad, peers[name].grad, atol=1e-5), name
