@@ -1,0 +1,130 @@
+"""Target tokens per second of the packed SFT loop, against padding and against TRL's SFTTrainer.
+
+    python benchmarks/sft_throughput.py [--data conversations.jsonl] [--rounds 5]
+
+Every variant trains one epoch on the same conversations, from the same model, with AdamW and the
+same rows per micro-batch; only the time from the first step to the last counts.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from peers import (
+    Stopwatch,
+    precision,
+    print_table,
+    read_jsonl,
+    real_or_bundled,
+    run_rounds,
+    save_model,
+    trl_settings,
+)
+
+REAL = "../shared/data/real/sft_alpaca_zh_demo.jsonl"
+EXAMPLES, BATCH_SIZE, MAX_LENGTH = 192, 8, 512
+VARIANTS = ["ours, packed", "ours, padded", "TRL", "TRL, packing"]
+
+
+def run_ours(folder: Path, data: Path, packed: bool) -> tuple[float, int]:
+    """(seconds, target tokens) of one epoch of the loop's own steps."""
+    import torch
+
+    from chat_format import Renderer, flatten, to_messages, truncate
+    from losses import IGNORE_INDEX
+    from models import CustomLLM
+    from optimizers import build_optimizers, optimizer_step
+    from packing import PackedCollator
+    from sft_data import prepare_sft_data
+    from tokenizer import create_tokenizer
+    from training import to_device
+
+    tokenizer = create_tokenizer(model_path=str(folder))
+    if packed:
+        splits, collate = prepare_sft_data(
+            tokenizer, str(data), MAX_LENGTH, None, cache_dir=str(folder / "cache")
+        )
+        rows = [row for split in splits.values() for row in split.with_format("numpy")]
+    else:
+        collate, rows = PackedCollator(MAX_LENGTH, tokenizer.pad_token_id), []
+        messages = [to_messages(record) for record in read_jsonl(data, EXAMPLES)]
+        for turns in Renderer(tokenizer).render(messages):
+            truncate(turns, MAX_LENGTH)
+            ids, mask = flatten(turns)
+            labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
+            rows.append({"input_ids": ids, "position_ids": range(len(ids)), "labels": labels})
+    at = precision()
+    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(at.device).train()
+    config = {"optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0}
+    optimizers = build_optimizers(model, config)
+    targets, started = 0, time.perf_counter()
+    for start in range(0, len(rows), BATCH_SIZE):
+        batch = collate(rows[start : start + BATCH_SIZE])
+        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        with at.autocast():
+            output = model(
+                **to_device(batch, at.device), num_items_in_batch=count, skip_logits=True
+            )
+        output.loss.backward()
+        optimizer_step(model, optimizers, at, 1.0)
+        targets += count
+    return time.perf_counter() - started, targets
+
+
+def run_trl(folder: Path, data: Path, packing: bool) -> tuple[float, int]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    from chat_format import to_messages
+
+    watch = Stopwatch()
+    records = [{"messages": to_messages(record)} for record in read_jsonl(data, EXAMPLES)]
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=SFTConfig(
+            **trl_settings(folder, BATCH_SIZE),
+            assistant_only_loss=True,
+            max_length=MAX_LENGTH,
+            packing=packing,
+        ),
+        train_dataset=Dataset.from_list(records),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[watch],
+    )
+    targets = sum(int((batch["labels"] != -100).sum()) for batch in trainer.get_train_dataloader())
+    trainer.train()
+    return watch.seconds, targets
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=REAL)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--variant", choices=VARIANTS, help="one measurement, as JSON")
+    parser.add_argument("--folder", type=Path)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        run = run_ours if arguments.variant.startswith("ours") else run_trl
+        packed = arguments.variant.endswith(("packed", "packing"))
+        seconds, targets = run(arguments.folder, Path(arguments.data), packed)
+        print(json.dumps({"targets_per_second": targets / seconds, "targets": targets}))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = folder / "conversations.jsonl"
+        source = real_or_bundled(arguments.data, "data/sft_sample.jsonl")
+        records = read_jsonl(source, EXAMPLES)
+        data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        save_model(folder, [record["response"] for record in records])
+        results = run_rounds(__file__, folder, VARIANTS, arguments.rounds, data)
+    print(f"{source.name}: {len(records)} conversations, max_length {MAX_LENGTH}")
+    columns = {"targets_per_second": "target tokens/s", "targets": "targets seen"}
+    print_table(results, columns, VARIANTS[0])
+
+
+if __name__ == "__main__":
+    main()
