@@ -244,11 +244,15 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 batch's share of num_items_in_batch). logits: (batch, seq, vocab_size).
                 aux_loss: the balancing loss, 1 when experts are equally used; None when dense.
         """
+        cache = kwargs.pop("past_key_values", cache)  # the cache's name before transformers 5.23
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden, aux_loss, expert_load = self.model(input_ids, attention_mask, position_ids, cache)
         loss = logits = None
         if labels is not None:
+            if attention_mask is not None:  # what padding would predict is no target
+                labels = labels.clone()
+                labels[:, 1:].masked_fill_(attention_mask[:, :-1] == 0, IGNORE_INDEX)
             loss = self._loss(hidden, labels, position_ids, num_items_in_batch, aux_loss)
         if not skip_logits:
             logits = self.lm_head(hidden[:, -logits_to_keep:])

@@ -75,7 +75,7 @@ def pack_segments(
     excess = max(0, len(rows) - enough)
     emptied, rows = rows[:excess], rows[excess:]
     gaps = [capacity - row_length(row) for row in rows]
-    fragment = max(2, capacity // 64)  # a shorter piece is not worth cutting off
+    fragment = max(2, capacity // 128)  # a shorter piece is not worth cutting off
     left_over: list[Segment] = []
     taker = cuts = 0
     for start, length in (segment for row in emptied for segment in row):

@@ -27,7 +27,7 @@ class Tracker:
         self.wandb_id, self.wandb = run.state.get("wandb_id"), None
         if not is_main:
             return
-        step = run.state.get("step", 0)
+        step = run.state.get("step", -1)  # without a checkpoint even step 0 comes again
         kept = [m for m in read_metrics(self.path) if m["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))

@@ -198,11 +198,11 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     losses.mean().backward()
 
     lines = Path(config["dataset"]).read_text(encoding="utf-8").splitlines()
-    records = [
+    records = [  # as text, to which TRL adds the end token: its chat format adds a newline more
         {
-            "prompt": [{"role": "user", "content": r["instruction"]}],
-            "chosen": [{"role": "assistant", "content": r["chosen"]}],
-            "rejected": [{"role": "assistant", "content": r["rejected"]}],
+            "prompt": dpo_train.as_prompt(tokenizer, r["instruction"]),
+            "chosen": r["chosen"],
+            "rejected": r["rejected"],
         }
         for r in map(json.loads, lines)
     ]

@@ -173,6 +173,13 @@ def test_log_probs_under_bf16_autocast_are_fp32_and_equal_the_plain_ones(small_c
         assert (gradient - plain).norm() < 1e-2 * plain.norm()  # bf16 keeps 8 bits
 
 
+def test_log_probs_of_bf16_weights_are_computed_in_fp32(small_chunks):
+    inputs = make_inputs(ignored=0.0, dtype=torch.bfloat16)
+    actual, expected = token_log_probs(*inputs), plain_log_probs(*inputs)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_log_probs_never_hold_all_logits(small_chunks):
     assert largest_result(plain_log_probs, make_inputs(ignored=0.0)) == TOKENS * VOCAB
     assert largest_result(token_log_probs, make_inputs(ignored=0.0)) == CHUNK * VOCAB

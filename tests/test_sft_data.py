@@ -250,7 +250,9 @@ def test_packed_and_separate_conversations_have_equal_loss_and_gradients(tmp_pat
         count = sum(int((b["labels"][:, 1:] >= 0).sum()) for b in batches)
         losses = [model(**batch, num_items_in_batch=count).loss for batch in batches]
         sum(losses).backward()
-        return sum(map(float, losses)), [p.grad.clone() for p in model.parameters()]
+        return sum(float(loss.detach()) for loss in losses), [
+            p.grad.clone() for p in model.parameters()
+        ]
 
     packed = gradients([collator(all_rows(splits))])
     separate = []
