@@ -181,7 +181,7 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.eos_token = "<|im_end|>"
     splits, collate = prepare_dpo_data(
-        tokenizer, config["dataset"], 64, None, cache_dir=str(tmp_path / "cache")
+        tokenizer, config["dataset"], 256, None, cache_dir=str(tmp_path / "cache")
     )
     pairs = [*splits["train"], *splits["validation"]]
     torch.manual_seed(0)
@@ -212,7 +212,7 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
         args=trl.DPOConfig(
             output_dir=str(tmp_path / "trl"),
             beta=0.3,
-            max_length=64,
+            max_length=256,
             per_device_train_batch_size=len(records),
             report_to=[],
             use_cpu=True,

@@ -148,7 +148,7 @@ def test_the_loss_equals_trls(tmp_path, base_model):
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.eos_token = "<|im_end|>"
     rows, collate = prepare_sft_data(
-        tokenizer, config["dataset"], 64, None, cache_dir=str(tmp_path / "cache")
+        tokenizer, config["dataset"], 256, None, cache_dir=str(tmp_path / "cache")
     )
     batch = collate([*rows["train"], *rows["validation"]])
     model = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
@@ -160,7 +160,7 @@ def test_the_loss_equals_trls(tmp_path, base_model):
     arguments = trl.SFTConfig(
         output_dir=str(tmp_path / "trl"),
         assistant_only_loss=True,
-        max_length=64,
+        max_length=256,
         per_device_train_batch_size=len(records),
         report_to=[],
         use_cpu=True,
