@@ -78,7 +78,7 @@ wandb_config = {
     "learning_rate": 5e-4,  # peak; a larger pre-trained model wants 1e-5 to 1e-4
     "num_epochs": 3,
     "max_steps": 0,  # stop earlier; 0: all epochs
-    "optimizer": "adamw",  # or "muon"
+    "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only

@@ -65,7 +65,7 @@ wandb_config = {
     "n_kv_heads": None,  # fewer than n_heads: grouped-query attention, a smaller KV cache
     "n_layers": 6,
     "d_ff": 2048,
-    "max_seq_len": 256,  # tokens of a row; 512 or more for real corpora
+    "max_seq_len": 128,  # tokens of a row; 512 or more for real corpora
     "dropout": 0.0,  # a corpus that is read once or thrice needs none
     "use_moe": False,
     "num_experts": 4,
@@ -82,7 +82,7 @@ wandb_config = {
     "learning_rate": 5e-4,  # peak
     "num_epochs": 3,
     "max_steps": 0,  # stop earlier; 0: all epochs
-    "optimizer": "adamw",  # or "muon"
+    "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only
@@ -96,9 +96,9 @@ wandb_config = {
     "init_from": None,  # continue from this model folder instead of random weights
     "output_dir": "checkpoints",
     "log_every": 1,  # in steps, as the three below; each also at the end; 0: never before
-    "eval_every": 20,
-    "sample_every": 40,
-    "save_every": 40,
+    "eval_every": 40,
+    "sample_every": 80,
+    "save_every": 80,
     "keep_checkpoints": 2,  # the newest so many, and the best
     "resume": "auto",  # go on with an unfinished run of this configuration; False: never
 }
