@@ -37,6 +37,7 @@ from files import (
     content_hash,
     find_files,
     find_final,
+    print_lines,
     settings_hash,
     split_hash,
 )
@@ -305,8 +306,7 @@ def main():
         pairs, _ = prepare_dpo_data(tokenizer, arguments.inspect, arguments.max_length)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    for line in inspect(pairs, tokenizer, arguments.rows, colour=sys.stdout.isatty()):
-        print(line)
+    print_lines(inspect(pairs, tokenizer, arguments.rows, colour=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

@@ -231,6 +231,15 @@ def find_final(output_dir: str, stage: str, script: str) -> Path:
     return max(finals, key=lambda folder: folder.stat().st_mtime)
 
 
+def print_lines(lines):
+    """print, ending quietly when the reader (such as `head`) has seen enough."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit
+
+
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Write into the folder this yields; it becomes `target` only when all of it is on disk.

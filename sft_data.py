@@ -17,7 +17,15 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
-from files import atomic_folder, content_hash, find_files, find_final, settings_hash, split_hash
+from files import (
+    atomic_folder,
+    content_hash,
+    find_files,
+    find_final,
+    print_lines,
+    settings_hash,
+    split_hash,
+)
 from losses import IGNORE_INDEX
 from packing import PackedCollator, best_fit, open_rows
 from tokenizer import create_tokenizer, tokenizer_identity
@@ -186,8 +194,7 @@ def main():
         rows, _ = prepare_sft_data(tokenizer, arguments.inspect, arguments.max_length)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    for line in inspect(rows, tokenizer, arguments.rows, colour=sys.stdout.isatty()):
-        print(line)
+    print_lines(inspect(rows, tokenizer, arguments.rows, colour=sys.stdout.isatty()))
 
 
 if __name__ == "__main__":

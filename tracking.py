@@ -255,6 +255,7 @@ def plot_curves(run_folder: Path):
                 axis.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.2)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        axis.legend()
+        if axis.lines:
+            axis.legend()
     figure.savefig(run_folder / "curves.png", dpi=110)
     pyplot.close(figure)

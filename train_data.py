@@ -28,6 +28,7 @@ from files import (
     input_error,
     is_local,
     iter_records,
+    print_lines,
     settings_hash,
     split_hash,
 )

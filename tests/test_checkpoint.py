@@ -1,4 +1,5 @@
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -169,8 +170,9 @@ def test_other_data_is_refused(tmp_path):
 def test_the_newest_final_of_a_stage_is_found_and_none_names_the_command(tmp_path):
     with pytest.raises(ValueError, match=r"run `python train_llm\.py` first"):
         find_final(str(tmp_path), "pretrain", "train_llm.py")
-    for name in ("b", "a"):
+    for age, name in enumerate(("b", "a")):
         (tmp_path / "pretrain" / name / "final").mkdir(parents=True)
+        os.utime(tmp_path / "pretrain" / name / "final", (1000 + age, 1000 + age))
     assert find_final(str(tmp_path), "pretrain", "x").parent.name == "a"
 
 
