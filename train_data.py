@@ -335,12 +335,10 @@ def main():
         splits, tokenizer = prepare(arguments.max_seq_len, arguments.vocab_size)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    unigram = unigram_loss(splits, len(tokenizer))
+    print(f"A model of token frequencies alone has validation loss {unigram:.3f}.")
     print("In a row: ‖ parts documents; the token in [ ] is no target, every other one is.")
-    for line in inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows):
-        print(line)
-    print(
-        f"A model of token frequencies alone has loss {unigram_loss(splits, len(tokenizer)):.3f}."
-    )
+    print_lines(inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows))
 
 
 if __name__ == "__main__":

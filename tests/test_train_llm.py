@@ -62,7 +62,7 @@ def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, monk
 
 def test_a_killed_process_resumes_bit_equal(tmp_path):
     (tmp_path / "straight").mkdir()
-    config = pretrain_config(tmp_path, num_epochs=8, save_every=5)
+    config = pretrain_config(tmp_path, num_epochs=8, save_every=5, dropout=0.1, num_workers=2)
     straight = train(
         wandb_config=config | {"output_dir": str(tmp_path / "straight")}, run_name="run"
     )
