@@ -16,6 +16,7 @@ from checkpoint import (
     save_final,
     say_how_to_resume,
 )
+from curves import plot_curves
 from dpo_data import prepare_dpo_data
 from files import find_final
 from optimizers import (
@@ -43,7 +44,6 @@ from tracking import (
     describe_run,
     log_line,
     make_say,
-    plot_curves,
     progress_bar,
     validation_line,
 )

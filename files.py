@@ -231,6 +231,26 @@ def find_final(output_dir: str, stage: str, script: str) -> Path:
     return max(finals, key=lambda folder: folder.stat().st_mtime)
 
 
+def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
+    """The newest finished run of the furthest stage there is, or of the one named.
+
+    Raises:
+        ValueError: none is finished.
+    """
+    for name in [stage] if stage else ["dpo", "sft", "pretrain"]:
+        with contextlib.suppress(ValueError):
+            return find_final(output_dir, name, "")
+    raise ValueError(
+        f"No finished {stage or 'run'} under {output_dir}: run `python train_llm.py` first, or "
+        "name a model folder with --model."
+    )
+
+
+def read_text(path: Path) -> str:
+    """A whole file as text; errors as in iter_records."""
+    return "".join(line for _, line in _iter_lines(path))
+
+
 def print_lines(lines):
     """print, ending quietly when the reader (such as `head`) has seen enough."""
     try:

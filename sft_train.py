@@ -20,6 +20,7 @@ from checkpoint import (
     save_final,
     say_how_to_resume,
 )
+from curves import plot_curves
 from files import find_final, settings_hash
 from optimizers import (
     build_optimizers,
@@ -37,7 +38,6 @@ from tracking import (
     describe_run,
     log_line,
     make_say,
-    plot_curves,
     progress_bar,
     validation_line,
 )

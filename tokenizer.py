@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from corpus import iter_documents
 from files import settings_hash
 
 PAD_TOKEN, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
@@ -214,8 +215,6 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
 
 
 def main():
-    from train_data import iter_documents  # here: train_data imports this module
-
     parser = argparse.ArgumentParser(
         description="Train a byte-level BPE tokenizer, or measure one."
     )

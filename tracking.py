@@ -230,32 +230,3 @@ def log_line(metrics: dict, step: int, total_steps: int) -> str:
 def validation_line(metrics: dict, step: int) -> str:
     values = (f"{name.removeprefix('val/')} {value:.4f}" for name, value in metrics.items())
     return f"step {step} | validation: " + " | ".join(values).replace("_", " ")
-
-
-def plot_curves(run_folder: Path):
-    """curves.png beside metrics.jsonl: losses, and how the run went."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = read_metrics(run_folder / "metrics.jsonl")
-    panels = [
-        ("loss (nats per token)", ["train/loss", "val/loss"]),
-        ("learning rate", ["train/learning_rate"]),
-        ("gradient norm", ["train/grad_norm"]),
-        ("tokens per second", ["train/tokens_per_second"]),
-    ]
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
-        for name in names:
-            points = [(m["step"], m[name]) for m in metrics if name in m]
-            if points:
-                marker = "o" if name.startswith("val/") else None
-                axis.plot(*zip(*points, strict=True), label=name, marker=marker, linewidth=1.2)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend()
-    figure.savefig(run_folder / "curves.png", dpi=110)
-    pyplot.close(figure)

@@ -18,6 +18,7 @@ from checkpoint import (
     save_final,
     say_how_to_resume,
 )
+from curves import plot_curves
 from models import CustomLLM, CustomLLMConfig
 from optimizers import (
     build_optimizers,
@@ -33,7 +34,6 @@ from tracking import (
     describe_run,
     log_line,
     make_say,
-    plot_curves,
     progress_bar,
     validation_line,
 )

@@ -13,8 +13,6 @@ from tracking import (
     flops_per_token,
     is_logged_in,
     log_line,
-    plot_curves,
-    read_metrics,
     validation_line,
 )
 
@@ -126,10 +124,3 @@ def test_the_log_line_shows_what_the_design_lists():
     )
     line = validation_line({"val/loss": 1.0, "val/bits_per_byte": 0.5}, 5)
     assert line == "step 5 | validation: loss 1.0000 | bits per byte 0.5000"
-
-
-def test_curves_are_drawn_from_whatever_was_logged(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
-    plot_curves(tmp_path)
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert read_metrics(tmp_path / "absent.jsonl") == []

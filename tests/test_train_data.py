@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
+import corpus
 import train_data
 from packing import data_fingerprint, split_windows, target_bytes
 from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
@@ -289,7 +290,7 @@ def test_the_inspect_command_shows_a_file(tmp_path, run_script):
     assert " ‖ " in done.stdout
     assert "200 documents (none dropped)" in done.stdout
     # Ten digits, some rare, and the end of text.
-    assert 1 < float(done.stdout.split("has loss ")[1].removesuffix(".\n")) < math.log(11)
+    assert 1 < float(done.stdout.split("validation loss ")[1].split(".\n")[0]) < math.log(11)
 
 
 def test_the_inspect_command_fails_in_one_line_without_a_traceback(run_script):
@@ -301,7 +302,7 @@ def test_the_inspect_command_fails_in_one_line_without_a_traceback(run_script):
 
 @pytest.mark.parametrize("error", [ConnectionError(), OSError("offline\nand more")])
 def test_a_hub_name_that_cannot_be_reached_says_so(prepare, monkeypatch, error):
-    monkeypatch.setattr(train_data, "load_dataset", Mock(side_effect=error))
+    monkeypatch.setattr(corpus, "load_dataset", Mock(side_effect=error))
     with pytest.raises(ValueError, match="nor a Hub dataset that can be reached") as caught:
         prepare("owner/dataset")
     assert "'owner/dataset'" in str(caught.value)
@@ -311,7 +312,7 @@ def test_a_hub_name_that_cannot_be_reached_says_so(prepare, monkeypatch, error):
 
 def test_a_hub_dataset_is_read_by_its_text_column(prepare, monkeypatch):
     hub = Mock(return_value=Dataset.from_dict({"text": EVEN}))
-    monkeypatch.setattr(train_data, "load_dataset", hub)
+    monkeypatch.setattr(corpus, "load_dataset", hub)
     splits, tokenizer = prepare("owner/dataset")
     assert all_texts(splits, tokenizer) == set(EVEN)
     hub.return_value = Dataset.from_dict({"body": EVEN})

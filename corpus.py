@@ -1,0 +1,83 @@
+"""A pre-training corpus as a stream of documents, from files here or from the Hub."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import xxhash
+from datasets import Dataset, load_dataset
+
+from files import content_hash, find_files, input_error, is_local, iter_records
+
+SAMPLE = "data/pretrain_sample.jsonl"
+
+
+def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iterator[str]:
+    """The usable documents of a corpus, each once; what is dropped is counted in `counts`.
+
+    Memory grows by one 8-byte hash per document, to know duplicates.
+    """
+    counts = Counter() if counts is None else counts
+    seen: set[int] = set()
+    for text in _iter_texts(dataset):
+        counts["documents read"] += 1
+        if not isinstance(text, str):
+            counts["dropped: not text"] += 1
+        elif not text.strip():
+            counts["dropped: empty"] += 1
+        elif not _is_unicode(text):
+            counts["dropped: lone surrogates"] += 1
+        elif (digest := xxhash.xxh3_64_intdigest(text.encode())) in seen:
+            counts["dropped: duplicate"] += 1
+        else:
+            seen.add(digest)
+            yield text
+
+
+def _iter_texts(dataset: str) -> Iterator[object]:
+    if not is_local(dataset):
+        yield from (row["text"] for row in _load_from_hub(dataset))
+        return
+    for path in find_files(dataset):
+        for line, record in iter_records(path):
+            if isinstance(record, str):
+                yield record
+            elif isinstance(record, dict) and "text" in record:
+                yield record["text"]
+            else:
+                found = (
+                    f"has {', '.join(map(repr, record))}"
+                    if isinstance(record, dict)
+                    else "is no object"
+                )
+                raise input_error(path, line, f'expected {{"text": "…"}}; this record {found}.')
+
+
+def _load_from_hub(name: str) -> Dataset:
+    try:
+        rows = load_dataset(name, split="train")
+    except Exception as error:  # the Hub client raises a dozen kinds
+        cause = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(
+            f"{name!r} is neither a file here nor a Hub dataset that can be reached "
+            f"(set HF_ENDPOINT to use a mirror). Cause: {cause}"
+        ) from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"{name}: expected a 'text' column; found {rows.column_names}.")
+    return rows
+
+
+def corpus_hash(dataset: str) -> str:
+    """Changes when the text may have: hash of local files' bytes, or the Hub data's fingerprint."""
+    return (
+        content_hash(find_files(dataset))
+        if is_local(dataset)
+        else _load_from_hub(dataset)._fingerprint
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate from a JSON escape
+        return False
+    return True

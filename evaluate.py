@@ -1,0 +1,289 @@
+"""Measure a checkpoint: bits per byte of any text, accuracy on multiple-choice questions.
+
+python evaluate.py --data my.txt                       the newest checkpoint, bits per byte
+python evaluate.py --data ceval/ --task choice --shots 5 --json scores.json
+python evaluate.py --model checkpoints/sft/…/final --data my.jsonl
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import load_model_folder
+from corpus import iter_documents
+from files import find_files, find_newest_final, input_error, iter_records, read_text
+from losses import token_log_probs
+from tokenizer import create_tokenizer, encode_plain, token_byte_lengths
+
+LETTERS = "ABCDEFGH"
+BATCH_TOKENS = 8192  # of one forward pass
+
+
+@torch.no_grad()
+def window_log_probs(model, windows: list[tuple[list[int], int]]) -> list[np.ndarray]:
+    """Log-probs (nats) of each window's ids from position `first` on (first >= 1).
+
+    Windows are padded to a batch on the right, where causal attention cannot see the padding.
+    """
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
+    results: list[np.ndarray] = [np.zeros(0)] * len(windows)
+    while order:
+        longest = len(windows[order[-1]][0])
+        batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
+        input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        for row, index in enumerate(batch):
+            ids = windows[index][0]
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+        hidden, _, _ = model.model(input_ids.to(model.device))
+        for row, index in enumerate(batch):
+            ids, first = windows[index]
+            predictors = hidden[row, first - 1 : len(ids) - 1]
+            targets = torch.tensor(ids[first:], device=hidden.device)
+            log_probs = token_log_probs(predictors, model.lm_head.weight, targets)
+            results[index] = log_probs.double().cpu().numpy()
+    return results
+
+
+def sliding_windows(ids: list[int], length: int, stride: int) -> list[tuple[list[int], int]]:
+    """(ids of the window, first position that counts): every token but the first counts once.
+
+    Each window but the first sees length - stride tokens of context again that do not count.
+    """
+    windows = [(ids[:length], 1)] if len(ids) > 1 else []
+    start = stride
+    while start + length - stride < len(ids):
+        windows.append((ids[start : start + length], length - stride))
+        start += stride
+    return windows
+
+
+def bits_per_byte(model, tokenizer, texts, max_length: int, stride: int) -> dict:
+    """Bits per byte and perplexity over texts, each document by itself and ended by EOS.
+
+    A document's first token has no context and is not counted, in nats or in bytes.
+    """
+    lengths = token_byte_lengths(tokenizer)
+    nats, tokens, num_bytes, documents = 0.0, 0, 0, 0
+    for batch in _in_batches(texts, 64):
+        encoded = [[*ids, tokenizer.eos_token_id] for ids in encode_plain(tokenizer, batch)]
+        windows = [w for ids in encoded for w in sliding_windows(ids, max_length, stride)]
+        for log_probs in window_log_probs(model, windows):
+            nats -= float(log_probs.sum())
+            tokens += len(log_probs)
+        num_bytes += sum(int(lengths[ids[1:]].sum()) for ids in encoded)
+        documents += len(batch)
+    if not tokens:
+        raise ValueError("The data holds no text to measure.")
+    return {
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "perplexity": math.exp(nats / tokens),
+        "documents": documents,
+        "tokens": tokens,
+        "bytes": num_bytes,
+        "max_length": max_length,
+        "stride": stride,
+    }
+
+
+def _in_batches(items, size: int):
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+@dataclass
+class Question:
+    subject: str
+    text: str
+    options: list[str]
+    answer: int  # index into options
+
+
+def read_questions(path: str) -> list[Question]:
+    """C-Eval / CMMLU style CSV (question, A, B, C, D, answer) or JSON records of the same keys.
+
+    JSON may also have `options` or `choices`, a list, and `answer` as a letter or an index. The
+    subject is a `subject` column, else the file's name.
+
+    Raises:
+        ValueError: naming file and line.
+    """
+    questions = []
+    paths = [Path(path)] if Path(path).suffix == ".csv" else _question_files(path)
+    for file in paths:
+        records = _iter_csv(file) if file.suffix == ".csv" else iter_records(file)
+        subject = re.sub(r"[_-](val|test|dev)$", "", file.name.split(".")[0])
+        for line, record in records:
+            questions.append(_parse_question(record, subject, file, line))
+    if not questions:
+        raise ValueError(f"{path}: no questions.")
+    return questions
+
+
+def _question_files(path: str) -> list[Path]:
+    if Path(path).is_dir() and (found := sorted(Path(path).rglob("*.csv"))):
+        return found
+    return find_files(path)
+
+
+def _iter_csv(path: Path):
+    reader = csv.DictReader(io.StringIO(read_text(path)))
+    for record in reader:
+        yield reader.line_num, {(k or "").strip().lower(): v for k, v in record.items()}
+
+
+def _parse_question(record, subject: str, path: Path, line: int) -> Question:
+    if not isinstance(record, dict):
+        raise input_error(path, line, "a question must be an object.")
+    record = {str(key).lower(): value for key, value in record.items()}
+    options = record.get("options", record.get("choices"))
+    if options is None:
+        letters = [letter for letter in LETTERS if record.get(letter.lower()) not in (None, "")]
+        options = [str(record[letter.lower()]) for letter in letters]
+    answer = record.get("answer")
+    if isinstance(answer, str) and answer.strip().upper() in LETTERS:
+        answer = LETTERS.index(answer.strip().upper()) if answer.strip() else None
+    valid = isinstance(answer, int) and 0 <= answer < len(options)
+    if "question" not in record or len(options) < 2 or not valid:
+        raise input_error(
+            path,
+            line,
+            f"expected question, A, B, … (or options) and answer; found {record}"[:300] + ".",
+        )
+    name = str(record.get("subject") or subject)
+    return Question(name, str(record["question"]), [str(option) for option in options], answer)
+
+
+def render_question(question: Question, with_answer: bool) -> str:
+    lines = [question.text]
+    lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, question.options, strict=False)]
+    lines.append("答案：" + (LETTERS[question.answer] + "\n\n" if with_answer else ""))
+    return "\n".join(lines)
+
+
+def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_length: int):
+    """Accuracy by the options' summed and by their length-normalised log-probs.
+
+    The option is its letter, or with by_text its words (then the letters are not shown). The first
+    `shots` questions of a subject are shown solved before each other one and not scored.
+    """
+    by_subject = defaultdict(list)
+    for question in questions:
+        by_subject[question.subject].append(question)
+    scored, windows = [], []
+    for subject, group in by_subject.items():
+        examples, asked = group[:shots], group[shots:]
+        prefix = "".join(_render(q, by_text, True) for q in examples)
+        for question in asked:
+            context = encode_plain(tokenizer, [prefix + _render(question, by_text, False)])[0]
+            texts = question.options if by_text else LETTERS[: len(question.options)]
+            for option in encode_plain(tokenizer, list(texts)):
+                ids = (context + option)[-max_length:]
+                windows.append((ids, max(1, len(ids) - len(option))))
+            scored.append((subject, question))
+    log_probs = iter(window_log_probs(model, windows))
+    rights = defaultdict(lambda: {"summed": [], "normalized": [], "chance": []})
+    for subject, question in scored:
+        options = [next(log_probs) for _ in question.options]
+        summed = int(np.argmax([o.sum() for o in options]))
+        normalized = int(np.argmax([o.mean() for o in options]))
+        rights[subject]["summed"].append(summed == question.answer)
+        rights[subject]["normalized"].append(normalized == question.answer)
+        rights[subject]["chance"].append(1 / len(question.options))
+    if not rights:
+        raise ValueError(f"No question is left to score after {shots} shots per subject.")
+    return rights
+
+
+def _render(question: Question, by_text: bool, with_answer: bool) -> str:
+    if not by_text:
+        return render_question(question, with_answer)
+    return f"{question.text}\n答案：" + (
+        question.options[question.answer] + "\n\n" if with_answer else ""
+    )
+
+
+def wilson_interval(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927): right also for few questions and near 0 or 1."""
+    z, share = 1.959964, right / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def summarize_choices(rights: dict) -> tuple[dict, list[str]]:
+    """(scores, printable lines) per subject and over all."""
+    keys = ("summed", "normalized", "chance")
+    total = {key: [v for group in rights.values() for v in group[key]] for key in keys}
+    heads = f"{'subject':<32} {'n':>5} {'summed':>8} {'per token':>10} {'chance':>7}  95 % (summed)"
+    scores, lines = {}, [heads]
+    for subject, group in [*sorted(rights.items()), ("all", total)]:
+        count = len(group["summed"])
+        low, high = wilson_interval(sum(group["summed"]), count)
+        score = {key: sum(group[key]) / count for key in keys}
+        scores[subject] = score | {"count": count, "interval": [low, high]}
+        lines.append(
+            f"{subject:<32} {count:>5} {score['summed']:>8.1%} {score['normalized']:>10.1%} "
+            f"{score['chance']:>7.1%}  {low:.1%} - {high:.1%}"
+        )
+    return scores, lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure a checkpoint.")
+    parser.add_argument("--model", help="folder; default: the newest of the furthest stage")
+    parser.add_argument("--data", required=True, help="text, or questions (.csv, .jsonl, a folder)")
+    parser.add_argument("--task", choices=("text", "choice"), default="text")
+    parser.add_argument("--stride", type=int, help="tokens that a window moves; default: half")
+    parser.add_argument("--shots", type=int, default=0, help="solved questions shown first")
+    parser.add_argument("--by_text", action="store_true", help="score options' words, not letters")
+    parser.add_argument("--json", type=Path, help="write the scores here too")
+    arguments = parser.parse_args()
+    try:
+        folder = arguments.model or find_newest_final("checkpoints")
+        scores, lines = run(str(folder), arguments)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print("\n".join(lines))
+    if arguments.json:
+        text = json.dumps(scores | {"model": str(folder)}, ensure_ascii=False, indent=1)
+        arguments.json.write_text(text, encoding="utf-8")
+
+
+def run(folder: str, arguments) -> tuple[dict, list[str]]:
+    tokenizer = create_tokenizer(model_path=folder)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    model = load_model_folder(folder, tokenizer, 0.0, 0, print).to(device).eval()
+    max_length = model.config.max_seq_len
+    if arguments.task == "choice":
+        questions = read_questions(arguments.data)
+        options = (arguments.shots, arguments.by_text, max_length)
+        return summarize_choices(multiple_choice(model, tokenizer, questions, *options))
+    stride = arguments.stride or max_length // 2
+    if not 1 <= stride < max_length:
+        raise ValueError(f"stride={stride} must be between 1 and the context {max_length} - 1.")
+    texts = iter_documents(arguments.data)
+    scores = bits_per_byte(model, tokenizer, texts, max_length, stride)
+    lines = [
+        f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}"
+        for name, value in scores.items()
+    ]
+    return scores, lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Write a checkpoint as one GGUF file, for llama.cpp, ollama and LM Studio.
+
+    python export_gguf.py checkpoints/dpo/…/final model.gguf --dtype q8_0
+
+Needs `pip install gguf`. llama.cpp's own converter refuses a tokenizer that it has never seen; here
+the split is known to be Qwen2's, so the file says so (`tokenizer.ggml.pre = qwen2`).
+"""
+
+import argparse
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from checkpoint import load_model_folder
+from tokenizer import IM_END, QWEN2_SPLIT, create_tokenizer
+
+DTYPES = ("f32", "f16", "q8_0")
+LAYER_NAMES = {  # Qwen3's -> llama.cpp's
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+}
+EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.weight")
+OTHERS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+
+
+def gguf_tensors(model) -> dict[str, torch.Tensor]:
+    """llama.cpp's names and tensors; a layer's experts are stacked to (experts, out, in)."""
+    tensors, experts = {}, {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue  # llama.cpp uses the embedding when there is none
+        if match := EXPERT.fullmatch(name):
+            layer, expert, kind = match.groups()
+            stacked = experts.setdefault(f"blk.{layer}.ffn_{kind}_exps.weight", {})
+            stacked[int(expert)] = tensor
+        elif match := LAYER.fullmatch(name):
+            tensors[f"blk.{match[1]}.{LAYER_NAMES[match[2]]}.weight"] = tensor
+        else:
+            tensors[OTHERS[name]] = tensor
+    for name, stacked in experts.items():
+        tensors[name] = torch.stack([stacked[index] for index in range(len(stacked))])
+    return tensors
+
+
+def write_hyper_parameters(writer, config):
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.d_ff)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if config.use_moe:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_d_ff)
+
+
+def write_tokenizer(writer, tokenizer, vocab_size: int):
+    """Tokens, types, merges, special ids, chat template.
+
+    Raises:
+        ValueError: the tokenizer is no byte-level BPE that splits text as Qwen2's does.
+    """
+    import gguf
+
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    if backend["model"]["type"] != "BPE" or QWEN2_SPLIT not in json.dumps(
+        backend["pre_tokenizer"], ensure_ascii=False
+    ).replace("\\\\", "\\"):
+        raise ValueError("Only byte-level BPE tokenizers with Qwen2's split can be exported.")
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    types = [gguf.TokenType.NORMAL] * len(tokens)
+    for index, token in tokenizer.added_tokens_decoder.items():
+        kind = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
+        tokens[index], types[index] = token.content, kind
+    for index in range(len(tokens), vocab_size):  # the rows that pad the embedding
+        tokens.append(f"[PAD{index}]")
+        types.append(gguf.TokenType.UNUSED)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(IM_END))
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    # The markers around an assistant's words are Hugging Face's own; llama.cpp knows no such tag.
+    template = re.sub(r"{%-? *(end)?generation *-?%}", "", tokenizer.chat_template)
+    writer.add_chat_template(template)
+
+
+def as_numpy(name: str, tensor: torch.Tensor, dtype: str):
+    """(array, type): norms and the router stay f32, as llama.cpp wants them."""
+    import gguf
+
+    array = tensor.detach().float().cpu().numpy()
+    if array.ndim == 1 or "ffn_gate_inp" in name or dtype == "f32":
+        return array, gguf.GGMLQuantizationType.F32
+    kind = gguf.GGMLQuantizationType.Q8_0
+    if dtype == "f16" or array.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        return array.astype(np.float16), gguf.GGMLQuantizationType.F16
+    return gguf.quants.quantize(array, kind), kind
+
+
+def export(folder: str, output: str, dtype: str = "f16") -> Path:
+    """Write `output` whole or not at all; returns its path.
+
+    Raises:
+        ValueError: no model there, a tokenizer llama.cpp cannot know, or gguf is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ValueError("exporting needs `pip install gguf`.") from error
+    tokenizer = create_tokenizer(model_path=folder)
+    model = load_model_folder(folder, tokenizer, 0.0, 0, lambda text: None)
+    target, temporary = Path(output), Path(output + ".tmp")
+    writer = gguf.GGUFWriter(temporary, "qwen3moe" if model.config.use_moe else "qwen3")
+    try:
+        writer.add_name(Path(folder).resolve().parent.name)
+        file_types = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+        writer.add_file_type(gguf.LlamaFileType[file_types[dtype]])
+        write_hyper_parameters(writer, model.config)
+        write_tokenizer(writer, tokenizer, model.config.vocab_size)
+        for name, tensor in gguf_tensors(model).items():
+            array, kind = as_numpy(name, tensor, dtype)
+            writer.add_tensor(name, array, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write a checkpoint as a GGUF file.")
+    parser.add_argument("folder", help="a final folder")
+    parser.add_argument("output", help="the .gguf file to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="f16")
+    arguments = parser.parse_args()
+    try:
+        path = export(arguments.folder, arguments.output, arguments.dtype)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"{path}: {path.stat().st_size / 2**20:,.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()

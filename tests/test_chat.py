@@ -1,0 +1,104 @@
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from tiny import sft_config
+
+import chat
+from chat import Chat, StopOnInterrupt, side_by_side, width
+from sft_train import train_sft
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+SAMPLED = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory, base_model) -> str:
+    folder = tmp_path_factory.mktemp("chat")
+    return train_sft(wandb_config=sft_config(folder, base_model, max_steps=3))
+
+
+def test_a_chat_model_uses_its_template_and_remembers(chat_model):
+    talk = Chat(chat_model, GREEDY, None, "你是助手。")
+    assert talk.is_chat_model
+    talk.reply("问1")
+    talk.prompt_ids("问2")
+    assert [m["role"] for m in talk.messages] == ["system", "user", "assistant", "user"]
+    talk.clear()
+    assert talk.messages == [{"role": "system", "content": "你是助手。"}]
+
+
+def test_a_base_model_continues_the_text(base_model):
+    talk = Chat(base_model, GREEDY, None, None)
+    assert not talk.is_chat_model
+    assert talk.tokenizer.decode(talk.prompt_ids("天地")[0]) == "天地"
+    assert talk.messages == []
+
+
+def test_the_oldest_turns_go_when_the_window_is_full(chat_model):
+    talk = Chat(chat_model, GREEDY, None, "系统")
+    for number in range(6):
+        talk.messages += [
+            {"role": "user", "content": f"第{number}问"},
+            {"role": "assistant", "content": "答"},
+        ]
+    ids = talk.prompt_ids("最后一问")
+    text = talk.tokenizer.decode(ids[0])
+    assert ids.shape[1] <= talk.model.config.max_seq_len - 8
+    assert "最后一问" in text
+    assert "第0问" not in text
+    assert talk.messages[0]["role"] == "system"
+    assert talk.messages[1]["role"] == "user"
+
+
+def test_the_same_seed_gives_the_same_reply(chat_model):
+    one, other = (Chat(chat_model, SAMPLED, 7, None).reply("问") for _ in range(2))
+    assert one == other
+
+
+def test_an_interrupt_ends_the_reply_and_not_the_program(chat_model):
+    stop = StopOnInterrupt()
+    stop.interrupted = True
+    talk = Chat(chat_model, {"max_new_tokens": 60, "do_sample": False}, None, None)
+    before = talk.prompt_ids("问").shape[1]
+    talk.clear()
+    talk.reply("问", stop=stop)
+    assert talk.messages[-1]["role"] == "assistant"
+    assert before > 0
+    assert len(talk.tokenizer(talk.messages[-1]["content"])["input_ids"]) <= 2
+
+
+def test_columns_line_up_for_wide_characters():
+    lines = side_by_side("天地玄黄" * 10, "abc\n\nd").splitlines()
+    assert {width(line.split("│")[0]) for line in lines} == {chat.COLUMN + 1}
+    assert [line.split("│ ")[1] for line in lines[:3]] == ["abc", "", "d"]
+
+
+def run_chat(tmp_path, *arguments, typed: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "chat.py"), *arguments]
+    return subprocess.run(command, cwd=tmp_path, input=typed.encode(), capture_output=True)
+
+
+def test_a_pipe_of_utf8_lines_is_answered_line_by_line(tmp_path, chat_model):
+    options = ["--model", chat_model, "--max_new_tokens", "4", "--seed", "1"]
+    done = run_chat(tmp_path, *options, typed="你好\n/clear\n\n再见\n/exit\n永不\n")
+    assert done.returncode == 0, done.stderr.decode()
+    one = run_chat(tmp_path, *options, "--prompt", "你好")
+    assert done.stdout.decode().startswith(one.stdout.decode().rstrip("\n"))
+
+
+def test_two_checkpoints_are_compared_side_by_side(tmp_path, chat_model, base_model):
+    options = ["--compare", base_model, chat_model, "--max_new_tokens", "4", "--prompt", "天地"]
+    done = run_chat(tmp_path, *options)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "> 天地" in done.stdout.decode()
+    assert done.stdout.decode().count("│") >= 2
+
+
+def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
+    done = run_chat(tmp_path, "--prompt", "你好")
+    assert done.returncode == 1
+    message = done.stderr.decode().strip().splitlines()[-1]
+    assert message.startswith("error: No finished run under checkpoints")
+    assert "Traceback" not in done.stderr.decode()

@@ -1,0 +1,166 @@
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_training import tiny_model
+from transformers import AutoModelForCausalLM
+
+import evaluate
+from evaluate import (
+    Question,
+    bits_per_byte,
+    multiple_choice,
+    read_questions,
+    render_question,
+    sliding_windows,
+    summarize_choices,
+    wilson_interval,
+    window_log_probs,
+)
+from tokenizer import create_tokenizer, encode_plain
+
+QUESTIONS = "id,question,A,B,C,D,answer\n0,天？,地,玄,黄,宇,B\n1,洪？,荒,日,月,盈,D\n"
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(2, 8, 4), (8, 8, 4), (29, 8, 3), (30, 8, 7)]
+)
+def test_every_token_but_the_first_counts_once_with_context(length, window, stride):
+    ids = list(range(length))
+    counted = []
+    for part, first in sliding_windows(ids, window, stride):
+        assert len(part) <= window
+        assert first >= 1
+        counted += part[first:]
+    assert counted == ids[1:]
+
+
+def test_windows_in_a_batch_score_as_each_by_itself(monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 24)
+    model = tiny_model().eval()
+    draws = [torch.randint(0, 64, (n,)).tolist() for n in (3, 9, 5, 8, 2)]
+    windows = [(ids, 1 + i % 2) for i, ids in enumerate(draws)]
+    windows[-1] = (draws[-1], 1)
+    for (ids, first), found in zip(windows, window_log_probs(model, windows), strict=True):
+        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [log_probs[i - 1, ids[i]].item() for i in range(first, len(ids))]
+        assert found.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_bits_per_byte_equal_qwen3s_on_whole_documents(base_model):
+    tokenizer = create_tokenizer(model_path=base_model)
+    texts = ["天地玄黄，宇宙洪荒0。", "寒来暑往 abc 😀"]
+    theirs = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    from models import CustomLLM
+
+    ours = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    scores = bits_per_byte(ours, tokenizer, iter(texts), 512, 256)
+    nats = num_bytes = 0
+    for ids in encode_plain(tokenizer, texts):
+        ids = torch.tensor([*ids, tokenizer.eos_token_id])
+        logits = theirs(ids[None]).logits[0, :-1]
+        nats += float(F.cross_entropy(logits, ids[1:], reduction="sum"))
+        num_bytes += len(tokenizer.decode(ids[1:-1]).encode())
+    # A first token of half a character decodes the rest to replacement signs of other lengths.
+    assert scores["tokens"] == sum(map(len, encode_plain(tokenizer, texts)))
+    assert scores["perplexity"] == pytest.approx(math.exp(nats / scores["tokens"]), rel=1e-5)
+    expected = nats / math.log(2) / scores["bytes"]
+    assert scores["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert num_bytes > 0
+
+
+def test_long_documents_are_scored_with_a_sliding_window(base_model):
+    from models import CustomLLM
+
+    tokenizer = create_tokenizer(model_path=base_model)
+    model = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
+    text = "天地玄黄，宇宙洪荒。" * 30
+    scores = bits_per_byte(model, tokenizer, [text], 32, 16)
+    assert scores["tokens"] == len(encode_plain(tokenizer, [text])[0])
+    with pytest.raises(ValueError, match="no text to measure"):
+        bits_per_byte(model, tokenizer, [], 32, 16)
+
+
+def test_csv_and_json_questions_are_read_the_same(tmp_path):
+    (tmp_path / "physics_val.csv").write_text(QUESTIONS, encoding="utf-8-sig")
+    record = {
+        "subject": "physics",
+        "question": "天？",
+        "choices": ["地", "玄", "黄", "宇"],
+        "answer": 1,
+    }
+    (tmp_path / "q.jsonl").write_text(json.dumps(record), encoding="utf-8")
+    questions = read_questions(str(tmp_path / "physics_val.csv"))
+    assert [q.answer for q in questions] == [1, 3]
+    assert read_questions(str(tmp_path / "q.jsonl")) == questions[:1]
+    assert read_questions(str(tmp_path)) == questions, "a folder of CSV files"
+    assert render_question(questions[0], True).endswith("D. 宇\n答案：B\n\n")
+
+
+@pytest.mark.parametrize("answer", ["E", "", 4])
+def test_a_bad_question_names_file_and_line(tmp_path, answer):
+    (tmp_path / "q.csv").write_text(QUESTIONS + f"2,玄？,a,b,c,d,{answer}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"q\.csv:4: expected question"):
+        read_questions(str(tmp_path / "q.csv"))
+
+
+class Oracle:
+    """Stands for window_log_probs: the option "B" is always the likeliest."""
+
+    def __call__(self, model, windows):
+        wanted = {tuple(ids[first:]) for ids, first in windows[1:2]}
+        return [
+            torch.full((len(ids) - first,), -1.0 if tuple(ids[first:]) in wanted else -2.0).numpy()
+            for ids, first in windows
+        ]
+
+
+def test_accuracy_counts_the_likeliest_option_per_subject(monkeypatch, tokenizer):
+    monkeypatch.setattr(evaluate, "window_log_probs", Oracle())
+    questions = [Question(s, "问", ["一", "二"], a) for s, a in (("x", 1), ("x", 0), ("y", 1))]
+    rights = multiple_choice(None, tokenizer, questions, 0, False, 128)
+    scores, lines = summarize_choices(rights)
+    assert scores["x"]["summed"] == 0.5
+    assert scores["y"]["summed"] == 1
+    assert scores["all"]["summed"] == pytest.approx(2 / 3)
+    assert scores["all"]["chance"] == 0.5
+    assert len(lines) == 4
+    assert "95 %" in lines[0]
+
+
+def test_shots_are_shown_solved_and_not_scored(monkeypatch, tokenizer):
+    seen = []
+    monkeypatch.setattr(
+        evaluate, "window_log_probs", lambda m, w: (seen.extend(w), Oracle()(m, w))[1]
+    )
+    questions = [Question("x", f"问{i}", ["一", "二"], 1) for i in range(3)]
+    rights = multiple_choice(None, tokenizer, questions, 2, True, 512)
+    assert len(rights["x"]["summed"]) == 1
+    text = tokenizer.decode(seen[0][0])
+    assert text == "问0\n答案：二\n\n问1\n答案：二\n\n问2\n答案：一"
+    with pytest.raises(ValueError, match="No question is left"):
+        multiple_choice(None, tokenizer, questions, 3, True, 512)
+
+
+def test_the_interval_is_wilsons():
+    low, high = wilson_interval(8, 10)
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert wilson_interval(0, 5)[0] == 0
+    assert wilson_interval(5, 5)[1] == 1
+
+
+def test_the_command_measures_text_and_questions_and_writes_json(run_script, tmp_path, base_model):
+    (tmp_path / "a.txt").write_text("天地玄黄，宇宙洪荒。" * 20, encoding="utf-8")
+    (tmp_path / "q.csv").write_text(QUESTIONS, encoding="utf-8")
+    done = run_script("evaluate.py", "--model", base_model, "--data", "a.txt", "--json", "s.json")
+    assert done.returncode == 0, done.stderr
+    assert "bits_per_byte:" in done.stdout
+    assert json.loads((tmp_path / "s.json").read_text())["stride"] == 16
+    done = run_script("evaluate.py", "--model", base_model, "--data", "q.csv", "--task", "choice")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("all")
+    failed = run_script("evaluate.py", "--data", "a.txt")
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: No finished run")
