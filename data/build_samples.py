@@ -3,8 +3,9 @@
     python data/build_samples.py
 
 Questions about statutes and recipes whose answers stand in the pre-training sample. The rejected
-answer of a preference pair is a fluent one to another question: another law's article, another
-dish. Running it again gives the same files.
+answer of a preference pair has one of the faults that small models have: it goes round in circles,
+answers another kind of question, or says things out of order. Running it again gives the same
+files.
 """
 
 import json
@@ -47,6 +48,26 @@ def recipe_questions(text: str) -> list[dict]:
     return [example | {"topic": name} for example in found]
 
 
+def kind(example: dict) -> str:
+    """The end of the question: a statute's text, a dish's needs, or its steps."""
+    return example["instruction"][-4:]
+
+
+def spoil(example: dict, examples: list[dict], choose: random.Random) -> str:
+    """A faulty answer of about the same length."""
+    answer = example["response"]
+    clauses = re.findall(r"[^，。；、\n]+[，。；、\n]*", answer)
+    fault = choose.choice(["circles", "another kind", "out of order"])
+    if fault == "circles" or len(clauses) < 4:
+        loop = "".join(clauses[: max(1, len(clauses) // 4)])
+        return (loop * 5)[: len(answer)]
+    if fault == "out of order" and kind(example) != "些原料？":  # a list has no order
+        shuffled = choose.sample(clauses, len(clauses))
+        return "".join(shuffled)
+    others = [other["response"] for other in examples if kind(other) != kind(example)]
+    return choose.choice(others)
+
+
 def write(name: str, examples: list[dict]):
     lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
     (FOLDER / name).write_text("".join(lines), encoding="utf-8")
@@ -69,15 +90,8 @@ def main():
 
     pairs = []
     for example in choose.sample(examples, DPO_PAIRS):
-        kind = laws if example in laws else recipes
-        ending = example["instruction"][-4:]  # the same kind of question
-        others = [
-            other["response"]
-            for other in kind
-            if other["topic"] != example["topic"] and other["instruction"].endswith(ending)
-        ]
         pair = {"instruction": example["instruction"], "chosen": example["response"]}
-        pairs.append(pair | {"rejected": choose.choice(others)})
+        pairs.append(pair | {"rejected": spoil(example, examples, choose)})
     write("dpo_sample.jsonl", pairs)
 
 
