@@ -50,6 +50,7 @@ def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, monk
     for name in ("straight", "crashed"):
         (tmp_path / name).mkdir()
     changes = {"dropout": 0.1, "num_workers": 2, "num_epochs": 4}
+    changes["optimizer"] = "muon" if crash_at == 5 else "adamw"
     straight = train(wandb_config=pretrain_config(tmp_path / "straight", **changes))
     with monkeypatch.context() as patch:
         crash_after(patch, train_llm, crash_at)
@@ -136,7 +137,10 @@ def scales(final) -> list[float]:
     return [m["train/loss_scale"] for m in metrics if "train/loss_scale" in m]
 
 
-def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(tmp_path, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(
+    tmp_path, monkeypatch, optimizer
+):
     def fp16(mixed_precision, device, say):
         precision = training.make_precision(torch.float16, device)
         precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
@@ -147,13 +151,16 @@ def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(tmp_path, 
     real = train_llm.optimizer_step
 
     def step(model, *arguments):
-        before = model.lm_head.weight.detach().clone()
+        before = [p.detach().clone() for p in model.parameters()]
         norm = real(model, *arguments)
-        norms[len(norms)] = (float(norm), torch.equal(before, model.lm_head.weight))
+        unchanged = all(map(torch.equal, before, model.parameters()))
+        norms[len(norms)] = (float(norm), unchanged)
         return norm
 
     monkeypatch.setattr(train_llm, "optimizer_step", step)
-    config = pretrain_config(tmp_path, num_epochs=1, batch_size=8, save_every=2)
+    config = pretrain_config(
+        tmp_path, num_epochs=1, batch_size=8, save_every=2, optimizer=optimizer
+    )
     final = train(wandb_config=config)
     skipped = [unchanged for norm, unchanged in norms.values() if not math.isfinite(norm)]
     assert skipped, "a scale of 2^20 overflows fp16 at first"

@@ -14,6 +14,7 @@ LOOP = {
     "batch_size": 4,
     "num_epochs": 2,
     "num_workers": 0,
+    "optimizer": "adamw",
     "mixed_precision": "no",
     "eval_every": 4,
     "save_every": 4,
