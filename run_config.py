@@ -104,3 +104,7 @@ def run_from_command_line(stage_function, defaults: dict):
         stage_function(wandb_config=overrides, **passed)
     except (ValueError, ArithmeticError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:  # before or after the loop, which saves first
+        raise SystemExit(
+            "interrupted: nothing was being trained; run the same command again"
+        ) from None

@@ -24,7 +24,7 @@ from peers import (
 )
 
 REAL = "../shared/data/real/sft_alpaca_zh_demo.jsonl"
-EXAMPLES, BATCH_SIZE, MAX_LENGTH = 192, 8, 512
+EXAMPLES, BATCH_SIZE, MAX_LENGTH = 160, 8, 512
 VARIANTS = ["ours, packed", "ours, padded", "TRL", "TRL, packing"]
 
 

@@ -83,3 +83,12 @@ def test_help_lists_every_key_and_runs_nothing(monkeypatch, capsys):
     run_from_command_line(test_help_lists_every_key_and_runs_nothing, DEFAULTS)
     printed = capsys.readouterr().out
     assert all(f"--{key} {value}" in printed for key, value in DEFAULTS.items())
+
+
+def test_ctrl_c_outside_the_loop_is_one_line_too(monkeypatch):
+    def stage(wandb_config=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["stage.py"])
+    with pytest.raises(SystemExit, match="interrupted: .*run the same command again"):
+        run_from_command_line(stage, DEFAULTS)
