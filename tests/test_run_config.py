@@ -90,5 +90,5 @@ def test_ctrl_c_outside_the_loop_is_one_line_too(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sys.argv", ["stage.py"])
-    with pytest.raises(SystemExit, match="interrupted: .*run the same command again"):
+    with pytest.raises(SystemExit, match=r"interrupted: .*run the same command again"):
         run_from_command_line(stage, DEFAULTS)
