@@ -58,7 +58,8 @@ def has_native_bf16() -> bool:
 
 def make_accelerator() -> Accelerator:
     # Precision and accumulation are spelled out in the loops; Accelerate places and distributes.
-    accelerator = Accelerator(mixed_precision="no", gradient_accumulation_steps=1)
+    on_cpu = not torch.accelerator.is_available()  # said, or torchrun on a CPU would not distribute
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
     transformers.utils.logging.disable_progress_bar()
     return accelerator
 
