@@ -141,9 +141,11 @@ class Renderer:
     def _turn(self, role: str, content: list[int]) -> Turn:
         return Turn(role, [self.start, *self.headers[role]], content, [self.stop, *self.newline])
 
-    def prompt_for_reply(self) -> list[int]:
-        """What stands before an assistant's words."""
-        return [self.start, *self.headers["assistant"]]
+
+def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A question rendered up to where the answer begins."""
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def flatten(turns: list[Turn]) -> tuple[list[int], list[bool]]:

@@ -32,21 +32,12 @@ from chat_format import (
     to_messages,
     truncate,
 )
-from files import (
-    atomic_folder,
-    content_hash,
-    find_files,
-    find_final,
-    print_lines,
-    settings_hash,
-    split_hash,
-)
-from packing import best_fit, open_rows
-from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
+from files import find_final, print_lines, split_hash
+from packing import best_fit, cached_splits
+from tokenizer import create_tokenizer, token_byte_lengths
 
 SAMPLE = "data/dpo_sample.jsonl"
 BATCH = 4096  # pairs rendered at a time: bounds the memory
-CACHE_VERSION = 1
 IDS = pa.list_(pa.uint32())
 SCHEMA = pa.schema(
     [("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), ("chosen_bytes", pa.int64())]
@@ -76,21 +67,10 @@ def prepare_dpo_data(
     Raises:
         ValueError: naming the file, the line and the fix; or when no pair is left.
     """
-    if max_length < 32:
-        raise ValueError(f"max_length={max_length} must be at least 32.")
     path = data_path or SAMPLE
-    name = settings_hash(
-        content_hash(find_files(path)),
-        tokenizer_identity(tokenizer),
-        [max_length, validation_ratio, CACHE_VERSION],
+    rows, counts = cached_splits(
+        "dpo", path, tokenizer, max_length, validation_ratio, cache_dir, _write_pairs
     )
-    folder = Path(cache_dir) / f"dpo-{name}"
-    if not (folder / "statistics.json").exists():
-        print(f"Tokenizing {path} …", flush=True)
-        with atomic_folder(folder) as temporary:
-            _write_pairs(temporary, path, tokenizer, max_length, validation_ratio)
-    rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
-    counts = json.loads((folder / "statistics.json").read_text())
     drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
     print(
         f"Data {path}: {len(rows['train']):,} training + {len(rows['validation']):,} validation "

@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 train_llm.py                 several GPUs
 
 from itertools import islice
 
+from chat_format import as_prompt
 from checkpoint import (
     check_same_data,
     load_checkpoint,
@@ -306,11 +307,6 @@ def train_dpo(
     accelerator.wait_for_everyone()
     say(f"Finished: {run.final}")
     return str(run.final)
-
-
-def as_prompt(tokenizer, text: str) -> str:
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def reward_line(metrics: dict) -> str:

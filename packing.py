@@ -4,17 +4,21 @@ Documents in a row are told apart by position_ids that restart at 0 (Hugging Fac
 convention): attention never crosses a document, and its first token is never a target.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import PreTrainedTokenizerBase
 
+from files import atomic_folder, content_hash, find_files, settings_hash
 from losses import IGNORE_INDEX
-from tokenizer import token_byte_lengths
+from tokenizer import token_byte_lengths, tokenizer_identity
+
+CACHE_VERSION = 1  # raise it when the rows made from the same conversations change
 
 Segment = tuple[int, int]  # (start, length) of a run of tokens
 
@@ -106,6 +110,37 @@ def row_length(row: list[Segment]) -> int:
 def open_rows(path: Path) -> Dataset:
     """Memory-map an Arrow file of rows, remembering which cache folder it came from."""
     return Dataset.from_file(str(path), info=DatasetInfo(description=path.parent.name))
+
+
+def cached_splits(
+    stage: str,
+    path: str,
+    tokenizer,
+    max_length: int,
+    validation_ratio: float,
+    cache_dir: str,
+    write,
+) -> tuple[DatasetDict, dict]:
+    """(rows of both splits, statistics) of conversations.
+
+    Unless cached, write(folder, path, tokenizer, max_length, validation_ratio) makes train.arrow,
+    validation.arrow and statistics.json. The cache's name changes with the files' bytes, the
+    tokenizer and the settings.
+    """
+    if max_length < 32:
+        raise ValueError(f"max_length={max_length} must be at least 32.")
+    name = settings_hash(
+        content_hash(find_files(path)),
+        tokenizer_identity(tokenizer),
+        [max_length, validation_ratio, CACHE_VERSION],
+    )
+    folder = Path(cache_dir) / f"{stage}-{name}"
+    if not (folder / "statistics.json").exists():
+        print(f"Tokenizing {path} …", flush=True)
+        with atomic_folder(folder) as temporary:
+            write(temporary, path, tokenizer, max_length, validation_ratio)
+    rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
+    return rows, json.loads((folder / "statistics.json").read_text())
 
 
 def data_fingerprint(rows: Dataset) -> str:

@@ -95,20 +95,13 @@ def dpo_loss(
     reference_chosen_logps: torch.Tensor,
     reference_rejected_logps: torch.Tensor,
     beta: float = 0.1,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    **options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """preference_losses, the losses averaged over the pairs to a scalar."""
-    losses, chosen_rewards, rejected_rewards = preference_losses(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        beta,
-        loss_type,
-        label_smoothing,
-    )
-    return losses.mean(), chosen_rewards, rejected_rewards
+    """preference_losses, with its options, the losses averaged over the pairs to a scalar."""
+    policy = (policy_chosen_logps, policy_rejected_logps)
+    reference = (reference_chosen_logps, reference_rejected_logps)
+    losses, *rewards = preference_losses(*policy, *reference, beta, **options)
+    return losses.mean(), *rewards
 
 
 def check_loss_options(config: dict):

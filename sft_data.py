@@ -17,22 +17,13 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
-from files import (
-    atomic_folder,
-    content_hash,
-    find_files,
-    find_final,
-    print_lines,
-    settings_hash,
-    split_hash,
-)
+from files import find_final, print_lines, split_hash
 from losses import IGNORE_INDEX
-from packing import PackedCollator, best_fit, open_rows
-from tokenizer import create_tokenizer, tokenizer_identity
+from packing import PackedCollator, best_fit, cached_splits
+from tokenizer import create_tokenizer
 
 SAMPLE = "data/sft_sample.jsonl"
 BATCH = 4096  # conversations rendered and packed at a time: bounds the memory
-CACHE_VERSION = 1
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.uint32())),
@@ -64,21 +55,11 @@ def prepare_sft_data(
     Raises:
         ValueError: naming the file, the line and the fix; or when no example has a target.
     """
-    if max_length < 32:
-        raise ValueError(f"max_length={max_length} must be at least 32.")
     path = data_path or SAMPLE
-    name = settings_hash(
-        content_hash(find_files(path)),
-        tokenizer_identity(tokenizer),
-        [max_length, validation_ratio, CACHE_VERSION],
+    rows, counts = cached_splits(
+        "sft", path, tokenizer, max_length, validation_ratio, cache_dir, _write_rows
     )
-    folder = Path(cache_dir) / f"sft-{name}"
-    if not (folder / "statistics.json").exists():
-        print(f"Tokenizing {path} …", flush=True)
-        with atomic_folder(folder) as temporary:
-            _write_rows(temporary, path, tokenizer, max_length, validation_ratio)
-    rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
-    print(_describe(json.loads((folder / "statistics.json").read_text()), rows, path), flush=True)
+    print(_describe(counts, rows, path), flush=True)
     collator = PackedCollator(max_length, tokenizer.pad_token_id)
     return (rows[split] if split else rows), collator
 

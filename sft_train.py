@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
+from chat_format import as_prompt
 from checkpoint import (
     check_same_data,
     load_checkpoint,
@@ -265,11 +266,6 @@ def train_sft(
     accelerator.wait_for_everyone()
     say(f"Finished: {run.final}")
     return str(run.final)
-
-
-def as_prompt(tokenizer, text: str) -> str:
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def mix_in_pretraining(rows: Dataset, config: dict) -> Dataset:

@@ -67,7 +67,7 @@ def prepare_data(
     corpus = corpus_hash(dataset)
     cache = Path(cache_dir)
     tokenizer = load_or_train_tokenizer(
-        tokenizer_path, dataset, vocab_size, validation_ratio, cache
+        tokenizer_path, dataset, corpus, vocab_size, validation_ratio, cache
     )
     identity = settings_hash(tokenizer_identity(tokenizer), max_seq_len, validation_ratio)
     folder = cache / f"pretrain-{settings_hash(corpus, identity, CACHE_VERSION)}"
@@ -77,10 +77,12 @@ def prepare_data(
     return _read_rows(folder, dataset), tokenizer
 
 
-def load_or_train_tokenizer(path, dataset, vocab_size, validation_ratio, cache: Path):
+def load_or_train_tokenizer(
+    path, dataset: str, corpus: str, vocab_size: int, validation_ratio: float, cache: Path
+):
     if path is not None:
         return create_tokenizer(model_path=path)
-    name = settings_hash(corpus_hash(dataset), vocab_size, validation_ratio, CACHE_VERSION)
+    name = settings_hash(corpus, vocab_size, validation_ratio, CACHE_VERSION)
     folder = cache / f"tokenizer-{name}"
     if not folder.exists():
         print(f"Training a {vocab_size:,}-token tokenizer on {dataset} …", flush=True)
