@@ -10,18 +10,19 @@ ends a reply, not the program; /clear forgets the conversation; Ctrl-D or /exit 
 """
 
 import argparse
+import importlib.util
+import signal
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from checkpoint import load_model_folder
+from checkpoint import check_model_folder, open_model_folder
 from files import find_newest_final
-from tokenizer import IM_END, create_tokenizer
+from tokenizer import IM_END
 
 COLUMN = 48  # characters of one side of --compare
 
@@ -31,10 +32,7 @@ class Chat:
 
     def __init__(self, folder: str, sampling: dict, seed: int | None, system: str | None):
         self.folder, self.sampling, self.seed = folder, sampling, seed
-        self.tokenizer = create_tokenizer(model_path=folder)
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
-        self.model = load_model_folder(folder, self.tokenizer, 0.0, 0, lambda text: None)
-        self.model.to(device).eval()
+        self.model, self.tokenizer = open_model_folder(folder)
         # Pre-training ends documents with another token than fine-tuning ends turns with.
         self.is_chat_model = self.tokenizer.eos_token == IM_END
         self.start = [{"role": "system", "content": system}] if system else []
@@ -89,8 +87,6 @@ class StopOnInterrupt(StoppingCriteria):
 
 def stream_reply(chat: Chat, text: str):
     """Print a reply while it is made."""
-    import signal
-
     stop = StopOnInterrupt()
     previous = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "interrupted", True))
     try:
@@ -156,13 +152,14 @@ def compare(chats: list[Chat], prompts):
 
 def serve(folder: str, port: int):
     """transformers' own server, on the loopback address alone."""
+    check_model_folder(folder)
+    if importlib.util.find_spec("uvicorn") is None:
+        raise ValueError('--serve needs `pip install "transformers[serving]"`.')
     command = [str(Path(sys.executable).with_name("transformers")), "serve", folder]
     print(f"http://127.0.0.1:{port}/v1 serves {folder}; Ctrl-C ends it.", flush=True)
     done = subprocess.run([*command, "--host", "127.0.0.1", "--port", str(port)])
     if done.returncode not in (0, 130, -2):
-        raise ValueError(
-            'the server did not start; it needs `pip install "transformers[serving]"`.'
-        )
+        raise ValueError(f"the server ended with {done.returncode}; its reason is printed above.")
 
 
 def parse() -> argparse.Namespace:
@@ -182,7 +179,20 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_sampling(arguments: argparse.Namespace):
+    ranges = {
+        "max_new_tokens": (arguments.max_new_tokens >= 1, "at least 1"),
+        "temperature": (arguments.temperature >= 0, "at least 0"),
+        "top_p": (0 < arguments.top_p <= 1, "above 0 and at most 1"),
+        "repetition_penalty": (arguments.repetition_penalty > 0, "above 0"),
+    }
+    for name, (is_right, wanted) in ranges.items():
+        if not is_right:
+            raise ValueError(f"--{name} {getattr(arguments, name)} must be {wanted}.")
+
+
 def run(arguments: argparse.Namespace):
+    check_sampling(arguments)
     sampling = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
     sampling["repetition_penalty"] = arguments.repetition_penalty
     if sampling["do_sample"]:
@@ -199,7 +209,6 @@ def run(arguments: argparse.Namespace):
 
 
 def main():
-    transformers.utils.logging.disable_progress_bar()
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     sys.stdout.reconfigure(encoding="utf-8")
     try:

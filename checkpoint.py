@@ -19,10 +19,11 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors.torch import load_model
 from transformers import GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 
 from files import atomic_folder
 from models import CustomLLM
-from tokenizer import END_OF_TEXT, IM_END
+from tokenizer import END_OF_TEXT, IM_END, create_tokenizer
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
@@ -242,8 +243,7 @@ def load_model_folder(path, tokenizer, dropout: float, max_length: int, say) -> 
         ValueError: no such folder, another architecture, or a vocabulary smaller than the
             tokenizer's.
     """
-    if not Path(path, "config.json").is_file():
-        raise ValueError(f"init_from {path}: no model folder (no config.json) there.")
+    check_model_folder(path)
     model = CustomLLM.from_pretrained(path, dtype=torch.float32, dropout=dropout)
     config = model.config
     config.max_seq_len = max(config.max_seq_len, max_length)
@@ -257,6 +257,27 @@ def load_model_folder(path, tokenizer, dropout: float, max_length: int, say) -> 
         f"{config.n_heads}, max_seq_len {config.max_seq_len}, vocabulary {config.vocab_size:,}."
     )
     return model
+
+
+def check_model_folder(path):
+    if not Path(path, "config.json").is_file():
+        raise ValueError(
+            f"{path}: no model folder there (no config.json; looked from {Path.cwd()})."
+        )
+
+
+def open_model_folder(path: str):
+    """(model in fp32 on the best device and in eval mode, its tokenizer), as the tools want it.
+
+    Raises:
+        ValueError: as load_model_folder.
+    """
+    check_model_folder(path)
+    disable_progress_bar()
+    tokenizer = create_tokenizer(model_path=str(path))
+    model = load_model_folder(path, tokenizer, 0.0, 0, lambda text: None)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    return model.to(device).eval(), tokenizer
 
 
 def say_how_to_resume(run: Run, stop, say):

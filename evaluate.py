@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import load_model_folder
+from checkpoint import open_model_folder
 from corpus import iter_documents
 from files import find_files, find_newest_final, input_error, iter_records, read_text
 from losses import token_log_probs
-from tokenizer import create_tokenizer, encode_plain, token_byte_lengths
+from tokenizer import encode_plain, token_byte_lengths
 
 LETTERS = "ABCDEFGH"
 BATCH_TOKENS = 8192  # of one forward pass
@@ -265,9 +265,9 @@ def main():
 
 
 def run(folder: str, arguments) -> tuple[dict, list[str]]:
-    tokenizer = create_tokenizer(model_path=folder)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = load_model_folder(folder, tokenizer, 0.0, 0, print).to(device).eval()
+    if arguments.shots < 0:
+        raise ValueError(f"--shots {arguments.shots} must be at least 0.")
+    model, tokenizer = open_model_folder(folder)
     max_length = model.config.max_seq_len
     if arguments.task == "choice":
         questions = read_questions(arguments.data)
@@ -275,7 +275,7 @@ def run(folder: str, arguments) -> tuple[dict, list[str]]:
         return summarize_choices(multiple_choice(model, tokenizer, questions, *options))
     stride = arguments.stride or max_length // 2
     if not 1 <= stride < max_length:
-        raise ValueError(f"stride={stride} must be between 1 and the context {max_length} - 1.")
+        raise ValueError(f"--stride {stride} must be between 1 and the context {max_length} - 1.")
     texts = iter_documents(arguments.data)
     scores = bits_per_byte(model, tokenizer, texts, max_length, stride)
     lines = [

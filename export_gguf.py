@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import load_model_folder
-from tokenizer import IM_END, QWEN2_SPLIT, create_tokenizer
+from checkpoint import open_model_folder
+from tokenizer import IM_END, QWEN2_SPLIT
 
 DTYPES = ("f32", "f16", "q8_0")
 LAYER_NAMES = {  # Qwen3's -> llama.cpp's
@@ -138,9 +138,10 @@ def export(folder: str, output: str, dtype: str = "f16") -> Path:
         import gguf
     except ImportError as error:
         raise ValueError("exporting needs `pip install gguf`.") from error
-    tokenizer = create_tokenizer(model_path=folder)
-    model = load_model_folder(folder, tokenizer, 0.0, 0, lambda text: None)
     target, temporary = Path(output), Path(output + ".tmp")
+    if not target.parent.is_dir() or target.is_dir():
+        raise ValueError(f"{output}: name a file in a folder that exists.")
+    model, tokenizer = open_model_folder(folder)
     writer = gguf.GGUFWriter(temporary, "qwen3moe" if model.config.use_moe else "qwen3")
     try:
         writer.add_name(Path(folder).resolve().parent.name)

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -102,3 +103,34 @@ def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
     message = done.stderr.decode().strip().splitlines()[-1]
     assert message.startswith("error: No finished run under checkpoints")
     assert "Traceback" not in done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model nowhere --prompt 你", "nowhere: no model folder there"),
+        ("--model nowhere --serve", "nowhere: no model folder there"),
+        ("--max_new_tokens 0", "--max_new_tokens 0 must be at least 1"),
+        ("--temperature -1", "--temperature -1.0 must be at least 0"),
+        ("--top_p 3", "--top_p 3.0 must be above 0 and at most 1"),
+        ("--repetition_penalty 0", "--repetition_penalty 0.0 must be above 0"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_loads(monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["chat.py", *arguments.split()])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chat.run(chat.parse())
+
+
+def test_serving_without_its_extra_says_what_to_install(monkeypatch, base_model):
+    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="transformers\\[serving\\]"):
+        chat.serve(base_model, 8000)
+
+
+def test_a_server_that_fails_is_an_error(monkeypatch, base_model):
+    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: True)
+    failed = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(chat.subprocess, "run", lambda command: failed)
+    with pytest.raises(ValueError, match="the server ended with 3"):
+        chat.serve(base_model, 8000)

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
@@ -164,3 +166,27 @@ def test_the_command_measures_text_and_questions_and_writes_json(run_script, tmp
     failed = run_script("evaluate.py", "--data", "a.txt")
     assert failed.returncode == 1
     assert failed.stderr.strip().splitlines()[-1].startswith("error: No finished run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--shots -1", "--shots -1 must be at least 0"),
+        ("--stride 32", "--stride 32 must be between 1 and the context 32 - 1"),
+        ("--data nowhere.txt", "nowhere.txt: no such file"),
+        ("--model nowhere", "nowhere: no model folder there"),
+    ],
+)
+def test_a_wrong_option_or_path_is_one_line(tmp_path, monkeypatch, base_model, options, message):
+    (tmp_path / "a.txt").write_text("天地", encoding="utf-8")
+    command = f"evaluate.py --data {tmp_path / 'a.txt'} --model {base_model} {options}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match=re.escape(f"error: {message}")):
+        evaluate.main()
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "[1, 2]\n"), ("a.csv", "question,A\n")])
+def test_a_file_without_questions_is_one_clear_error(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}:1: a question must|{name}: no questions"):
+        read_questions(str(tmp_path / name))

@@ -15,7 +15,7 @@ gguf = pytest.importorskip("gguf", reason="an extra: pip install gguf")
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
 def model_folder(request, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("export")
-    changes = {"use_moe": request.param, "moe_d_ff": 32, "max_steps": 2}
+    changes = {"use_moe": request.param, "moe_d_ff": 32, "num_epochs": 4, "learning_rate": 1e-2}
     return train(wandb_config=pretrain_config(folder, **changes))
 
 
@@ -68,6 +68,9 @@ def test_smaller_types_shrink_matrices_and_leave_norms_alone(model_folder, tmp_p
 def test_what_cannot_be_exported_is_one_clear_error(tmp_path, model_folder):
     with pytest.raises(ValueError, match="nowhere"):
         export("nowhere", str(tmp_path / "a.gguf"))
+    for output in (str(tmp_path), str(tmp_path / "absent" / "a.gguf")):
+        with pytest.raises(ValueError, match="name a file in a folder that exists"):
+            export(model_folder, output)
     tokenizer = create_tokenizer(model_path=model_folder)
     from tokenizers import pre_tokenizers
 
@@ -78,3 +81,54 @@ def test_what_cannot_be_exported_is_one_clear_error(tmp_path, model_folder):
         export(str(tmp_path / "other"), str(tmp_path / "a.gguf"))
     assert not list(tmp_path.glob("a.gguf*"))
     assert torch.is_tensor(CustomLLM.from_pretrained(model_folder).lm_head.weight)
+
+
+MIXED = [
+    "天地玄黄，宇宙洪荒。",
+    "The quick brown fox's 3 tails, don't they?",
+    "在2024年，价格上涨12.5%！\n\n  第3条　为了",
+    "emoji 😀👩‍👩‍👧 fi ﬁ é ①",
+    "  leading and   trailing  \n",
+    "混排mixed文字123abc，。\t\ttab",
+]
+
+
+def test_llama_cpp_reads_the_file_as_we_mean_it(model_folder, tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="a peer: pip install llama-cpp-python")
+    path = export(model_folder, str(tmp_path / "model.gguf"), "f32")
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=128, n_threads=1, logits_all=True, verbose=False,
+        type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
+    )  # fmt: skip
+    tokenizer = create_tokenizer(model_path=model_folder)
+    for text in MIXED:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ids, text
+    marked = "<|im_start|>user\n天地<|im_end|>"
+    ids = tokenizer(marked, add_special_tokens=False)["input_ids"]
+    assert llama.tokenize(marked.encode(), add_bos=False, special=True) == ids
+
+    model = CustomLLM.from_pretrained(model_folder).eval()
+    prompt = tokenizer("天地", return_tensors="pt")["input_ids"]
+    greedy = model.generate(
+        prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=-1
+    )[0]
+    llama.eval(greedy.tolist())
+    with torch.no_grad():
+        expected = model(greedy[None]).logits[0].numpy()
+    theirs = np.asarray(llama.scores[: len(greedy)])
+    np.testing.assert_allclose(theirs, expected, atol=1e-3)
+    start = prompt.shape[1] - 1
+    assert theirs[start:-1].argmax(-1).tolist() == greedy[start + 1 :].tolist()
+
+
+@pytest.mark.parametrize("dtype", ["f16", "q8_0"])
+def test_llama_cpp_loads_the_smaller_types(model_folder, tmp_path, dtype):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="a peer: pip install llama-cpp-python")
+    path = export(model_folder, str(tmp_path / "model.gguf"), dtype)
+    llama = llama_cpp.Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+    ids = create_tokenizer(model_path=model_folder)("天地玄黄，宇宙")["input_ids"]
+    llama.eval(ids)
+    with torch.no_grad():
+        logits = CustomLLM.from_pretrained(model_folder)(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(np.asarray(llama.scores[: len(ids)]), logits, atol=0.1)
