@@ -19,7 +19,8 @@ PREFERENCE_PANELS = [
     ("rewards", ["rewards/chosen", "rewards/rejected"]),
     ("reward margin", ["rewards/margins", "val/rewards/margins"]),
     ("reward accuracy", ["rewards/accuracies", "val/rewards/accuracies"]),
-    *PANELS[1:3],
+    ("log-prob of an answer, nats", ["logps/chosen", "logps/rejected"]),
+    *PANELS[1:],
 ]
 SMOOTHING = 0.9  # of the exponential moving average over a noisy curve
 
