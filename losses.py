@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 # Elements of one chunk of logits: on a CPU what its cache holds, on a GPU 256 MB of fp32.
 LOGITS_BUDGET = {"cpu": 2**22, "cuda": 2**26}
+# Where positions without a target are left out first: free on a CPU, but a GPU would have to wait
+# until their number is known.
+SKIPS_IGNORED = {"cpu"}
 
 
 def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
@@ -70,8 +73,7 @@ def chunked_cross_entropy(
         weight: (vocab, d_model), the output head.
         targets: int64 (tokens,); IGNORE_INDEX is no target.
     """
-    if hidden.device.type == "cpu":
-        # Skipping the others is free here; on a GPU it would wait for the count.
+    if hidden.device.type in SKIPS_IGNORED:
         rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
         hidden, targets = hidden[rows], targets[rows]
     return _ChunkedCrossEntropy.apply(hidden, weight, targets)
