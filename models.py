@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from fused import norm_and_rotate, rms_norm
 from losses import IGNORE_INDEX, chunked_cross_entropy
 from model_config import CustomLLMConfig
 from moe import MoE, SwiGLU
@@ -35,7 +36,7 @@ class CustomLLMOutput(MoeCausalLMOutputWithPast):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight in fp32, returned in x's dtype (arXiv 1910.07467)."""
+    """Holds the weight of fused.rms_norm."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -43,26 +44,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_cos_sin(
     position_ids: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, seq) positions -> fp32 cos and sin, each (batch, 1, seq, head_dim). arXiv 2104.09864.
+    """(batch, seq) positions -> fp32 cos and sin, each (batch, 1, seq, head_dim / 2).
 
     Computed afresh each forward: 32 frequencies cost nothing, and no buffer can go stale on load.
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angle = position_ids[:, None, :, None].float() * theta**-exponent  # (batch, 1, seq, head_dim/2)
-    angle = torch.cat((angle, angle), dim=-1)  # (batch, 1, seq, head_dim)
     return angle.cos(), angle.sin()
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (batch, heads, seq, head_dim) by position; halves, not interleaved pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -85,8 +79,8 @@ class Attention(nn.Module):
         q = rearrange(self.q_proj(x), **split)  # (batch, heads, seq, head_dim)
         k = rearrange(self.k_proj(x), **split)  # (batch, kv_heads, seq, head_dim)
         v = rearrange(self.v_proj(x), **split)
-        q = apply_rope(self.q_norm(q), cos, sin)
-        k = apply_rope(self.k_norm(k), cos, sin)
+        q = norm_and_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
+        k = norm_and_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (batch, kv_heads, past + seq, head_dim)
         x = F.scaled_dot_product_attention(

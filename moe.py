@@ -4,8 +4,19 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model_config import CustomLLMConfig
+
+
+def recompute(function, *tensors):
+    """function(*tensors), keeping only the tensors: what is between is computed again in backward.
+
+    Recomputation stops before the last matrix product, whose result backward does not need.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 
 class SwiGLU(nn.Module):
@@ -19,7 +30,8 @@ class SwiGLU(nn.Module):
         self.down_proj.writes_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return recompute(lambda gate, up: self.down_proj(F.silu(gate) * up), gate, up)
 
 
 class MoE(nn.Module):
@@ -67,14 +79,17 @@ class MoE(nn.Module):
             x.device, dtype, x.shape[-1], self.experts[0].up_proj.out_features
         ):
             return run_experts_one_by_one(self.experts, x, counts)
-        gate_up = torch.stack(
-            [torch.cat((e.gate_proj.weight, e.up_proj.weight)) for e in self.experts]
-        )
-        down = torch.stack([e.down_proj.weight for e in self.experts])  # (experts, d_model, d_ff)
+        weights = [(e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight) for e in self.experts]
+        gate_up = torch.stack([torch.cat((g.to(dtype), u.to(dtype))) for g, u, _ in weights])
+        down = torch.stack([d.to(dtype) for _, _, d in weights])  # (experts, d_model, d_ff)
         ends = counts.cumsum(0).to(torch.int32)
-        hidden = F.grouped_mm(x.to(dtype), gate_up.to(dtype).transpose(-2, -1), offs=ends)
-        gate, up = hidden.chunk(2, dim=-1)  # (rows, d_ff) each
-        return F.grouped_mm(F.silu(gate) * up, down.to(dtype).transpose(-2, -1), offs=ends)
+        hidden = F.grouped_mm(x.to(dtype), gate_up.transpose(-2, -1), offs=ends)
+
+        def finish(hidden):  # (rows, 2 * d_ff)
+            gate, up = hidden.chunk(2, dim=-1)
+            return F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
+
+        return recompute(finish, hidden)
 
     def _balance(self, probs, top_experts, token_mask):
         """experts * sum_e(share of tokens sent to e * mean probability of e): 1 when balanced.

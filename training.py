@@ -1,9 +1,11 @@
 """Leaf functions that the three stage loops share: each does one thing and knows no stage."""
 
 import contextlib
+import ctypes
 import math
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,9 +61,22 @@ def has_native_bf16() -> bool:
 def make_accelerator() -> Accelerator:
     # Precision and accumulation are spelled out in the loops; Accelerate places and distributes.
     on_cpu = not torch.accelerator.is_available()  # said, or torchrun on a CPU would not distribute
+    if on_cpu:
+        keep_freed_memory()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
     transformers.utils.logging.disable_progress_bar()
     return accelerator
+
+
+def keep_freed_memory():
+    """Let malloc reuse large blocks: by default each new tensor's pages are mapped and zeroed anew.
+
+    On a CPU that costs as much as the elementwise operations themselves. Only glibc has the knobs.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def seed_step(seed: int, step: int, rank: int):

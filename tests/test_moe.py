@@ -104,7 +104,8 @@ def test_dispatch_equals_a_loop_over_tokens_in_value_and_gradients(paths, sizes,
     layer = make_layer(top_k, **sizes)
     x = make_input(layer)
     actual = output_and_gradients(lambda x: layer(x, None)[0], layer, x)
-    assert paths == path
+    assert paths[: len(path)] == path  # backward computes the last product's input again
+    assert set(paths) == set(path)
     expected = output_and_gradients(lambda x: one_token_at_a_time(layer, x), layer, x)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
