@@ -53,6 +53,7 @@ from training import (
     StepSampler,
     StopSignal,
     check_finite,
+    checkpoint_blocks,
     choose_precision,
     compile_blocks,
     generate_samples,
@@ -98,7 +99,7 @@ wandb_config = {
     "seed": 42,
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
-    "gradient_checkpointing": False,  # True: less memory, a third more time
+    "gradient_checkpointing": False,  # "attention", "full": ever less memory, more time
     "torch_compile": "auto",  # on CUDA only; True: everywhere
     # run
     "output_dir": "checkpoints",
@@ -189,8 +190,7 @@ def train_dpo(
             say,
         )
     model.train()
-    if config["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable()
+    checkpoint_blocks(model, config["gradient_checkpointing"])
     optimizers = build_optimizers(model, config)
 
     # 5. Resume

@@ -10,7 +10,7 @@ CHOICES = {
     "mixed_precision": ("fp16", "bf16", "no"),
     "optimizer": ("adamw", "muon"),
     "torch_compile": ("auto", True, False),
-    "gradient_checkpointing": (True, False),
+    "gradient_checkpointing": (False, "attention", "full", True),
     "resume": ("auto", False),
 }
 AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epochs", "top_k"} | {

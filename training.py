@@ -6,16 +6,26 @@ import math
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 
 from losses import IGNORE_INDEX
+
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
 
 # --- device and precision -----------------------------------------------------------------------
 
@@ -98,6 +108,22 @@ def compile_blocks(model, torch_compile, device: torch.device):
     if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
         for block in model.model.layers:
             block.compile()
+
+
+def checkpoint_blocks(model, level):
+    """Keep less of each block for backward and compute it again; gradients stay the same.
+
+    "attention": only attention's outputs, the part that is dear to recompute; "full" (or True):
+    nothing; False: everything.
+    """
+    if not level:
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
+    if level == "attention":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+    with warnings.catch_warnings():  # transformers 5.24 renames it, 5.0 does not know the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(options)
 
 
 # --- data order ---------------------------------------------------------------------------------

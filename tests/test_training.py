@@ -5,6 +5,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import training
 from models import CustomLLM, CustomLLMConfig
@@ -15,8 +17,10 @@ from optimizers import (
     set_learning_rate,
 )
 from training import (
+    ATTENTION_KERNELS,
     StepSampler,
     check_finite,
+    checkpoint_blocks,
     choose_precision,
     compile_blocks,
     count_tokens,
@@ -201,3 +205,39 @@ def test_permutations_are_numpys_documented_stream():
     sampler = StepSampler(5, ORDER | {"seed": 42})
     expected = np.random.Generator(np.random.PCG64([42, 0])).permutation(5)
     assert sampler.step_rows(0).tolist() == expected.tolist()
+
+
+class CountKernels(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.attention = self.products = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.attention += function in ATTENTION_KERNELS
+        self.products += function is torch.ops.aten.mm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_checkpointing_levels_keep_gradients_and_recompute_what_they_say(use_moe):
+    ids = torch.randint(1, 60, (2, 16), generator=torch.manual_seed(0))
+    gradients, calls, kept = {}, {}, {}
+    for level in (False, "attention", "full", True):
+        torch.manual_seed(0)
+        model = tiny_model(use_moe=use_moe).train()
+        checkpoint_blocks(model, level)
+        torch.manual_seed(1)
+        with MemTracker() as memory:
+            loss = model(ids, labels=ids, skip_logits=True).loss
+            kept[level] = memory.get_tracker_snapshot()[torch.device("cpu")]["Total"]
+            with CountKernels() as count:
+                loss.backward()
+        calls[level] = count
+        gradients[level] = [p.grad for p in model.parameters()]
+    layers = len(model.model.layers)
+    for level in ("attention", "full", True):
+        for mine, plain in zip(gradients[level], gradients[False], strict=True):
+            torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-7)
+    assert [calls[level].attention for level in calls] == [0, 0, layers, layers]
+    assert calls[False].products < calls["attention"].products == calls["full"].products
+    assert kept[True] == kept["full"] < kept["attention"] < kept[False]
