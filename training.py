@@ -117,6 +117,8 @@ def checkpoint_blocks(model, level):
     nothing; False: everything.
     """
     if not level:
+        for block in model.model.layers:
+            block.gradient_checkpointing = False
         return
     options = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
     if level == "attention":

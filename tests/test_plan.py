@@ -1,0 +1,106 @@
+import sys
+
+import pytest
+import torch
+from tiny import write_jsonl
+
+import plan
+from models import CustomLLMConfig
+from plan import StepMemory, count_characters, largest_batch, on_card, read_config
+
+SIZES = {"vocab_size": 640, "d_model": 64, "n_heads": 2, "n_layers": 2, "d_ff": 128}
+
+
+def settings(script: str, **changes):
+    """(configuration, model's configuration) of a stage with a tiny model."""
+    config, _, _ = read_config(script, [])
+    config |= {plan.STAGES[script]: 64, "gradient_accumulation_steps": 1} | changes
+    use_moe = config.get("use_moe", False)
+    return config, CustomLLMConfig(**SIZES, max_seq_len=128, use_moe=use_moe)
+
+
+@pytest.mark.parametrize(
+    ("script", "level", "changes"),
+    [
+        ("train_llm.py", False, {}),
+        ("train_llm.py", False, {"use_moe": True, "gradient_accumulation_steps": 2}),
+        ("train_llm.py", "attention", {"optimizer": "adamw", "mixed_precision": "no"}),
+        ("sft_train.py", "full", {}),
+        ("dpo_train.py", False, {}),
+        ("dpo_train.py", "full", {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_the_planned_peak_is_that_of_a_real_step_to_the_byte(script, level, changes):
+    config, model_config = settings(script, **changes)
+    planned = StepMemory(script, config, model_config).peak(4, level)
+    real = StepMemory(script, config, model_config, fake=False).peak(4, level)
+    assert planned == real
+    assert planned["total"] > 4 * planned["param"] / 2
+
+
+def test_the_largest_batch_fits_and_a_twentieth_more_does_not(monkeypatch):
+    monkeypatch.setattr(plan, "CARD_GIB", 3.0)
+    config, model_config = settings("train_llm.py")
+    memory = StepMemory("train_llm.py", config, model_config)
+    sizes = [largest_batch(memory, level) for level in plan.LEVELS]
+    assert sizes[0] < sizes[1] <= sizes[2]
+    for size, level in zip(sizes, plan.LEVELS, strict=True):
+        assert on_card(memory.peak(size, level, with_optimizer=False)["total"]) <= 3.0
+        more = size + max(1, size // 20)
+        assert on_card(memory.peak(more, level, with_optimizer=False)["total"]) > 3.0
+
+
+def test_losses_are_as_before_after_planning():
+    from losses import LOGITS_BUDGET, SKIPS_IGNORED
+
+    before = dict(LOGITS_BUDGET), set(SKIPS_IGNORED)
+    with plan.losses_as_on_a_gpu():
+        assert LOGITS_BUDGET["cpu"] == LOGITS_BUDGET["cuda"]
+        assert not SKIPS_IGNORED
+    assert before == (LOGITS_BUDGET, SKIPS_IGNORED)
+
+
+def test_characters_are_counted_and_a_large_corpus_is_estimated(tmp_path, monkeypatch):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"text": f"{i:04d}" + "天地玄黄" * 9} for i in range(200)]
+    )
+    assert count_characters("train_llm.py", path) == 200 * 40
+    monkeypatch.setattr(plan, "READ_AT_MOST", 1000)
+    assert count_characters("train_llm.py", path) == pytest.approx(200 * 40, rel=0.2)
+    pairs = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "天地"}]}])
+    assert count_characters("sft_train.py", pairs) == len("user天地")
+
+
+def test_the_command_prints_a_plan_for_a_changed_key(monkeypatch, capsys, tmp_path):
+    text = write_jsonl(tmp_path / "a.jsonl", [{"text": "天地玄黄" * 9}])
+    words = "--d_model 32 --n_heads 2 --n_layers 1 --d_ff 64 --max_seq_len 32 --vocab_size 320"
+    arguments = ["plan.py", "train_llm.py", *words.split(), "--dataset", text]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(plan, "LEVELS", (False,))
+    plan.main()
+    printed = capsys.readouterr().out
+    for part in (
+        "Parameters: ",
+        "Peak of tensors: ",
+        "; fits 24 GiB",
+        "Largest batch_size",
+        "Time: ",
+    ):
+        assert part in printed
+    assert "(estimated)" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("nowhere.py", "error: nowhere.py: expected one of train_llm.py"),
+        ("train_llm.py --batchsize 3", "error: wandb_config: unknown key 'batchsize'"),
+        ("sft_train.py --init_from nowhere", "error: "),
+        ("train_llm.py --d_model 63", "error: Impossible model configuration"),
+    ],
+)
+def test_a_wrong_word_is_one_line(monkeypatch, words, message):
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
+    with pytest.raises(SystemExit, match=message):
+        plan.main()
+    assert torch.is_tensor(torch.ones(1))
