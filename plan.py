@@ -145,8 +145,13 @@ def largest_batch(memory: StepMemory, level) -> int:
     # Below so many rows the chunk of logits still grows with them.
     rows = math.ceil(losses.LOGITS_BUDGET["cuda"] / memory.model.config.vocab_size / length)
     fits(rows), fits(2 * rows)
-    slope = max(1.0, (peaks[2 * rows] - peaks[rows]) / rows)
-    size = max(1, math.floor(rows + (room - peaks[rows]) / slope))
+    for _ in range(3):  # along the line through the two measured sizes that come nearest
+        one, two = sorted(sorted(peaks, key=lambda size: abs(peaks[size] - room))[:2])
+        slope = max(1.0, (peaks[two] - peaks[one]) / (two - one))
+        size = max(1, math.floor(one + (room - peaks[one]) / slope))
+        if any(abs(size - known) <= size // 50 and fits(known) for known in peaks):
+            break
+        fits(size)
     while size and not fits(size):
         size -= max(1, size // 50)
     return size
