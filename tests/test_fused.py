@@ -95,3 +95,17 @@ def test_recomputing_gives_equal_gradients_and_keeps_less():
 def test_nothing_is_kept_without_gradients():
     with torch.no_grad():
         assert not recompute(lambda x: x * 2, torch.ones(2)).requires_grad
+
+
+def test_dropout_in_a_wrapped_projection_is_the_same_when_recomputed():
+    layer, x = SwiGLU(16, 64), torch.randn(4, 32, 16, requires_grad=True)
+    layer.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.down_proj)  # as adapters do
+
+    def gradients(function):
+        torch.manual_seed(1)
+        return torch.autograd.grad(function(x).sum(), layer.gate_proj.weight)[0]
+
+    def plainly(x):
+        return layer.down_proj(F.silu(layer.gate_proj(x)) * layer.up_proj(x))
+
+    torch.testing.assert_close(gradients(layer), gradients(plainly))
