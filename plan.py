@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import losses
+import train_llm
 from corpus import iter_documents
 from dpo_data import PairCollator
 from files import find_files, find_final, is_local, iter_records
@@ -76,7 +77,7 @@ class StepMemory:
     """
 
     def __init__(self, script: str, config: dict, model_config: CustomLLMConfig, fake: bool = True):
-        self.script, self.config = script, config
+        self.script, self.config, self.length = script, config, config[STAGES[script]]
         self.mode = FakeTensorMode() if fake else None
         # bf16 stands for fp16 here: equally large, and its grouped product runs on a CPU.
         dtype = None if config["mixed_precision"] == "no" else torch.bfloat16
@@ -97,7 +98,9 @@ class StepMemory:
                 self._run(self._batch(1))  # the gradients are there already
             memory = MemTracker()
             memory.track_external(self.model, *self.optimizers, *batch.values())
-            with memory:
+            with memory, warnings.catch_warnings():
+                # The tracker's, about blocks that are computed again.
+                warnings.filterwarnings("ignore", message="Module is None")
                 self._run(batch)
                 if with_optimizer:
                     self._step()
@@ -105,21 +108,22 @@ class StepMemory:
         return {str(kind).rpartition(".")[2].lower(): size for kind, size in peak.items()}
 
     def _batch(self, batch_size: int) -> dict[str, torch.Tensor]:
-        batch = full_batch(self.script, self.config[STAGES[self.script]], batch_size)
+        batch = full_batch(self.script, self.length, batch_size)
         if self.mode:
             batch = {name: self.mode.from_tensor(tensor) for name, tensor in batch.items()}
         return batch
 
     def _run(self, batch: dict):
         with losses_as_on_a_gpu():
+            self._loss(batch).backward()
+
+    def _loss(self, batch: dict) -> torch.Tensor:
+        if self.script == "dpo_train.py":
             with self.precision.autocast():
-                if self.script == "dpo_train.py":
-                    scores = AnswerScorer(self.model)(**batch)
-                else:
-                    loss = self.model(**batch, num_items_in_batch=1, skip_logits=True).loss
-            if self.script == "dpo_train.py":
-                loss = batch_losses(scores, batch, self.config)[0].sum()
-            loss.backward()
+                scores = AnswerScorer(self.model)(**batch)
+            return batch_losses(scores, batch, self.config)[0].sum()
+        with self.precision.autocast():
+            return self.model(**batch, num_items_in_batch=1, skip_logits=True).loss
 
     def _step(self):
         limit = self.config["max_grad_norm"]
@@ -141,9 +145,8 @@ def largest_batch(memory: StepMemory, level) -> int:
             peaks[size] = memory.peak(size, level, with_optimizer=False)["total"]
         return peaks[size] <= room
 
-    length = memory.config[STAGES[memory.script]]
     # Below so many rows the chunk of logits still grows with them.
-    rows = math.ceil(losses.LOGITS_BUDGET["cuda"] / memory.model.config.vocab_size / length)
+    rows = math.ceil(losses.LOGITS_BUDGET["cuda"] / memory.model.config.vocab_size / memory.length)
     fits(rows), fits(2 * rows)
     for _ in range(3):  # along the line through the two measured sizes that come nearest
         one, two = sorted(sorted(peaks, key=lambda size: abs(peaks[size] - room))[:2])
@@ -161,15 +164,14 @@ def read_config(script: str, arguments: list[str]) -> tuple[dict, CustomLLMConfi
     """(configuration, model's configuration, where that came from)."""
     module = importlib.import_module(Path(script).stem)
     config = resolve_config(module.DEFAULTS, parse_arguments(arguments, module.DEFAULTS))
-    pretrain = importlib.import_module("train_llm")
     if script == "train_llm.py" and not config["init_from"]:
-        return config, pretrain.make_model_config(config, config["vocab_size"]), "wandb_config"
+        return config, train_llm.make_model_config(config, config["vocab_size"]), "wandb_config"
     before = "pretrain" if script == "sft_train.py" else "sft"
     try:
         folder = config["init_from"] or find_final(config["output_dir"], before, "")
     except ValueError:
-        shape = pretrain.wandb_config
-        found = pretrain.make_model_config(shape, shape["vocab_size"])
+        shape = train_llm.wandb_config
+        found = train_llm.make_model_config(shape, shape["vocab_size"])
         return config, found, f"train_llm.py's wandb_config (no finished {before} run)"
     return config, CustomLLMConfig.from_pretrained(folder), str(folder)
 
@@ -253,9 +255,8 @@ def describe_memory(memory: StepMemory, config: dict) -> list[str]:
 def plan(script: str, arguments: list[str]) -> list[str]:
     config, model_config, source = read_config(script, arguments)
     memory = StepMemory(script, config, model_config)
-    length = config[STAGES[script]]
     rows = config["batch_size"] * config["gradient_accumulation_steps"]
-    tokens = rows * (full_batch(script, length, 1)["input_ids"] > 0).sum()
+    tokens = rows * (full_batch(script, memory.length, 1)["input_ids"] > 0).sum()
     total = sum(p.numel() for p in memory.model.parameters())
     return [
         f"{script}, model from {source}",
@@ -269,9 +270,6 @@ def plan(script: str, arguments: list[str]) -> list[str]:
 def main():
     words = sys.argv[1:]
     script = Path(words.pop(0)).name if words and not words[0].startswith("--") else "train_llm.py"
-    warnings.filterwarnings(
-        "ignore", message="Module is None"
-    )  # the tracker, when blocks recompute
     if {"-h", "--help"} & {script, *words}:
         print(__doc__)
         return
