@@ -11,7 +11,7 @@ import urllib.request
 import pytest
 import torch
 from conftest import ROOT
-from tiny import pretrain_config, sft_config, write_jsonl
+from tiny import pretrain_config, sft_config, trl_sft_trainer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from models import CustomLLM
@@ -73,26 +73,17 @@ def test_peft_trains_a_lora_adapter_on_it(final, tmp_path, model_class):
 
 
 def test_trls_sft_trainer_trains_it_two_steps(final, tmp_path):
-    trl = pytest.importorskip("trl", reason="a peer: pip install trl")
-    from datasets import Dataset
-
     turns = [*MESSAGES, {"role": "assistant", "content": "宇宙洪荒。"}]
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path),
+    trainer = trl_sft_trainer(
+        tmp_path,
+        final,
+        AutoTokenizer.from_pretrained(final),
+        [turns] * 4,
         max_steps=2,
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         logging_steps=1,
         save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-    )
-    trainer = trl.SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32),
-        args=arguments,
-        train_dataset=Dataset.from_list([{"messages": turns}] * 4),
-        processing_class=AutoTokenizer.from_pretrained(final),
     )
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_same_run, crash_after, logged, sft_config, weights, write_corpus
+from tiny import (
+    assert_same_run,
+    crash_after,
+    logged,
+    sft_config,
+    trl_sft_trainer,
+    weights,
+    write_corpus,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import sft_train
@@ -137,9 +145,7 @@ def test_bad_data_stops_before_training(tmp_path, base_model, monkeypatch):
 
 
 def test_the_loss_equals_trls(tmp_path, base_model):
-    trl = pytest.importorskip("trl", reason="a peer, not a requirement")
-    from datasets import Dataset
-
+    pytest.importorskip("trl", reason="a peer, not a requirement")
     from chat_format import to_messages
     from models import CustomLLM
     from sft_data import prepare_sft_data
@@ -156,21 +162,14 @@ def test_the_loss_equals_trls(tmp_path, base_model):
 
     lines = Path(config["dataset"]).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    messages = Dataset.from_list([{"messages": to_messages(record)} for record in records])
-    arguments = trl.SFTConfig(
-        output_dir=str(tmp_path / "trl"),
+    trainer = trl_sft_trainer(
+        tmp_path / "trl",
+        base_model,
+        tokenizer,
+        [to_messages(record) for record in records],
         assistant_only_loss=True,
         max_length=256,
         per_device_train_batch_size=len(records),
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-    )
-    trainer = trl.SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32),
-        args=arguments,
-        train_dataset=messages,
-        processing_class=tokenizer,
     )
     theirs = next(iter(trainer.get_train_dataloader()))
     trainer.model.eval()

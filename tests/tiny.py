@@ -4,8 +4,11 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tracking import read_metrics
 
@@ -90,6 +93,19 @@ def dpo_config(folder, base: str, **changes) -> dict:
         | {"max_length": 64, "init_from": base, "gradient_accumulation_steps": 2}
         | paths
         | changes
+    )
+
+
+def trl_sft_trainer(folder, model_folder: str, tokenizer, conversations: list, **settings):
+    """TRL's trainer on the CPU over lists of messages; skips where TRL is not installed."""
+    trl = pytest.importorskip("trl", reason="a peer: pip install trl")
+    return trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        args=trl.SFTConfig(
+            output_dir=str(folder), report_to=[], use_cpu=True, bf16=False, **settings
+        ),
+        train_dataset=Dataset.from_list([{"messages": turns} for turns in conversations]),
+        processing_class=tokenizer,
     )
 
 
