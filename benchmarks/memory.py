@@ -7,9 +7,8 @@ what a card needs beside it. tests/test_plan.py shows that the count equals a re
 """
 
 import argparse
-import warnings
 
-from peers import ROOT  # noqa: F401 - puts the project on the path
+import peers  # noqa: F401 - puts the project on the path
 
 from models import CustomLLMConfig
 from plan import LEVELS, StepMemory, on_card, read_config
@@ -27,7 +26,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message="Module is None")
     print("GiB of tensors (and with plan.py's margin on the card, estimated)")
     print("| model | parameters | batch | " + " | ".join(f"{level!r}" for level in LEVELS) + " |")
     print("|---" * (3 + len(LEVELS)) + "|")

@@ -91,10 +91,10 @@ def run_rounds(script: str, folder: Path, variants: list[str], rounds: int, data
     return results
 
 
-def print_table(results: dict, columns: dict[str, str], ours: str):
+def print_table(results: dict, columns: dict[str, str], ours: str, dtype=DTYPE):
     """Medians, and ours as a multiple of each peer (pair by pair, median of the ratios)."""
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ")
-    print(f"dtype {DTYPE or 'float32'}, medians of {len(results[ours])} interleaved rounds")
+    print(f"dtype {dtype or 'float32'}, medians of {len(results[ours])} interleaved rounds")
     print("| variant | " + " | ".join(f"{title} | ours / it" for title in columns.values()) + " |")
     print("|---" * (1 + 2 * len(columns)) + "|")
     for name, runs in results.items():

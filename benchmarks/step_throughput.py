@@ -28,16 +28,16 @@ SIZES = {
     "moe": {"vocab_size": 6400, "d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 704},
 }
 SIZES["moe"] |= {"use_moe": True, "num_experts": 4, "top_k": 2, "moe_d_ff": 704}
-# What one token meets of the mixture, as a dense model: two experts of 704 are one of 1,408.
-SIZES["dense as active"] = SIZES["22M"]
-PEERS = {"22M": ["llama", "qwen3"], "110M": ["llama", "qwen3"], "moe": ["qwen3-moe"]}
+# "dense" is ours with what one token meets of the mixture: two experts of 704 are one of 1,408.
+PEERS = {"22M": ["llama", "qwen3"], "110M": ["llama", "qwen3"], "moe": ["qwen3-moe", "dense"]}
+OURS = ("ours", "dense")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
 def build(name: str, sizes: dict, length: int):
     """One of our models, or transformers' of the same sizes, both randomly initialised."""
     config = CustomLLMConfig(**sizes, max_seq_len=length)
-    if name == "ours":
+    if name in OURS:
         return CustomLLM(config)
     import transformers
 
@@ -58,19 +58,21 @@ def serve_steps(arguments):
     """Make one step for every line that comes in; answer with its seconds and the peak so far."""
     rows, length = arguments.shape
     name, dtype, compiled = arguments.variant.split("/")
-    if name == "ours":
+    sizes = SIZES["22M" if name == "dense" else arguments.model]
+    if name in OURS:
         keep_freed_memory()  # as make_accelerator does on a CPU
-    model = build(name, SIZES[arguments.model], length).train()
-    if compiled == "compiled" and name == "ours":
+    model = build(name, sizes, length).train()
+    if compiled == "compiled" and name in OURS:
         compile_blocks(model, True, torch.device("cpu"))
     elif compiled == "compiled":
         for layer in model.model.layers:
             layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
     at = make_precision(PRECISIONS[dtype], torch.device("cpu"))
-    vocabulary = SIZES[arguments.model]["vocab_size"]
-    input_ids = torch.randint(0, vocabulary, (rows, length), generator=torch.manual_seed(0))
-    options = {"skip_logits": True} if name == "ours" else {"use_cache": False}
+    input_ids = torch.randint(
+        0, sizes["vocab_size"], (rows, length), generator=torch.manual_seed(0)
+    )
+    options = {"skip_logits": True} if name in OURS else {"use_cache": False}
     for _ in sys.stdin:
         started = time.perf_counter()
         with at.autocast():
@@ -89,8 +91,7 @@ def measure(arguments, variants: list[str]) -> dict:
     """Steps of all variants in turn, after two rounds that warm up and compile."""
     processes = {}
     for variant in variants:
-        model = "dense as active" if variant.startswith("dense") else arguments.model
-        words = ["--variant", variant.replace("dense", "ours"), "--model", model, "--shape"]
+        words = ["--variant", variant, "--model", arguments.model, "--shape"]
         command = [sys.executable, __file__, *words, *map(str, arguments.shape)]
         processes[variant] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -120,14 +121,14 @@ def main():
     if arguments.variant:
         serve_steps(arguments)
         return
-    names = ["ours", *PEERS[arguments.model]] + ["dense"] * (arguments.model == "moe")
+    names = ["ours", *PEERS[arguments.model]]
     for dtype in arguments.precisions:
         for mode in arguments.modes:
             results = measure(arguments, [f"{name}/{dtype}/{mode}" for name in names])
             losses = [f"{runs[0]['loss']:.3f}" for runs in results.values()]
             print(f"\n{arguments.model}, {arguments.shape}, losses {', '.join(losses)}")
             columns = {"tokens_per_second": "tokens/s", "peak_gib": "peak GiB"}
-            print_table(results, columns, f"ours/{dtype}/{mode}")
+            print_table(results, columns, f"ours/{dtype}/{mode}", PRECISIONS[dtype])
 
 
 if __name__ == "__main__":
