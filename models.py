@@ -20,6 +20,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from attention import attend, build_attention_mask, has_varlen_kernel
 from fused import norm_and_rotate, rms_norm
 from losses import IGNORE_INDEX, chunked_cross_entropy
 from model_config import CustomLLMConfig
@@ -63,7 +64,6 @@ class Attention(nn.Module):
     def __init__(self, config: CustomLLMConfig, layer_idx: int):
         super().__init__()
         self.layer_idx, self.head_dim, self.dropout = layer_idx, config.head_dim, config.dropout
-        self.is_grouped = config.n_kv_heads != config.n_heads
         q_size, kv_size = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.d_model, q_size, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
@@ -83,15 +83,7 @@ class Attention(nn.Module):
         k = norm_and_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (batch, kv_heads, past + seq, head_dim)
-        x = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=attention_mask,
-            is_causal=attention_mask is None,  # lets SDPA pick its flash kernel
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=self.is_grouped,
-        )
+        x = attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
         return self.o_proj(rearrange(x, "b h s d -> b s (h d)"))
 
 
@@ -126,14 +118,20 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, cache=None):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seq_lens_q=None
+    ):
         """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding,
-        or a ready bool mask (batch, 1, seq, past + seq).
+        or a ready bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as CustomLLM.forward's.
 
         Returns (hidden (batch, seq, d_model), balancing loss, expert load (layers, experts)).
         """
         past = 0 if cache is None else cache.get_seq_length()
-        mask = build_attention_mask(input_ids, attention_mask, position_ids, past)
+        dropout = self.config.dropout if self.training else 0.0
+        if cu_seq_lens_q is not None and has_varlen_kernel(self.embed_tokens.weight, dropout):
+            mask = cu_seq_lens_q
+        else:
+            mask = build_attention_mask(input_ids, attention_mask, position_ids, past)
         if position_ids is None:
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
             position_ids = positions.expand_as(input_ids)
@@ -152,30 +150,6 @@ class Backbone(nn.Module):
         if not self.config.use_moe:
             return x, None, None
         return x, torch.stack(balances).mean(), torch.stack(loads)
-
-
-def build_attention_mask(input_ids, attention_mask, position_ids, past: int):
-    """None where plain causal attention is right, else bool (batch, 1, seq, past + seq).
-
-    Documents packed into one row are told apart by position_ids that restart at 0. Whether they do
-    is not looked up, since that would make a GPU wait: given position_ids always build the mask.
-    """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask  # made by the caller: DPO's shared questions
-    packed = position_ids is not None and past == 0
-    if attention_mask is None and not packed and (past == 0 or input_ids.shape[1] == 1):
-        # One new token may see the whole cache: SDPA's causal mask would hide it.
-        return None if past == 0 else input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
-    query = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
-    key = torch.arange(past + input_ids.shape[1], device=input_ids.device)
-    mask = (key <= query[:, None])[None]  # (1, seq, past + seq)
-    if packed:
-        document = (position_ids == 0).cumsum(-1)  # (batch, seq)
-        mask = mask & (document[:, :, None] == document[:, None, :])
-    if attention_mask is not None:
-        # A padding query keeps itself as its one key: a row with none would be undefined.
-        mask = mask & (attention_mask.bool()[:, None, :] | (key == query[:, None]))
-    return mask[:, None]  # (batch, 1, seq, past + seq)
 
 
 class CustomLLM(PreTrainedModel, GenerationMixin):
@@ -216,6 +190,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         cache=None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -230,6 +205,8 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             attention_mask: (batch, past + seq), 0 at padding.
             num_items_in_batch: what the summed loss is divided by, the number of targets of the
                 whole optimizer step; None: of this batch.
+            cu_seq_lens_q: int32 (documents + 1,), where each document of the flattened rows starts,
+                and their end; used in place of position_ids where a kernel for it runs.
             logits_to_keep: only the last so many positions' logits; 0: all.
             skip_logits: return no logits, as training wants: the loss needs never hold them.
 
@@ -241,7 +218,9 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         cache = kwargs.pop("past_key_values", cache)  # the cache's name before transformers 5.23
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        hidden, aux_loss, expert_load = self.model(input_ids, attention_mask, position_ids, cache)
+        hidden, aux_loss, expert_load = self.model(
+            input_ids, attention_mask, position_ids, cache, cu_seq_lens_q
+        )
         loss = logits = None
         if labels is not None:
             if attention_mask is not None:  # what padding would predict is no target

@@ -163,7 +163,9 @@ class PackedCollator:
 
     A row holds input_ids and position_ids, and labels where the stage chose its targets; without
     labels every token is a target but each document's first. Also gives attention_mask, 0 at
-    padding. A batch of no rows gives one row of padding: a rank's share of an epoch's last step.
+    padding, and cu_seq_lens_q, int32 (documents + 1,): where each document of the flattened rows
+    starts, a row's padding counted as one, and their end. Found here, where no GPU has to wait.
+    A batch of no rows gives one row of padding: a rank's share of an epoch's last step.
     """
 
     def __init__(self, max_seq_len: int, pad_token_id: int):
@@ -183,5 +185,9 @@ class PackedCollator:
             batch["position_ids"][index, :length] = row["position_ids"]
             batch["labels"][index, :length] = row.get("labels", row["input_ids"])
             batch["attention_mask"][index, :length] = 1
-        batch["labels"][batch["position_ids"] == 0] = IGNORE_INDEX
+        is_first = batch["position_ids"] == 0
+        batch["labels"][is_first] = IGNORE_INDEX
+        is_first[:, 1:] &= batch["attention_mask"][:, :-1] > 0  # of padding only its first token
+        starts = np.append(np.flatnonzero(is_first), is_first.size)
+        batch["cu_seq_lens_q"] = starts.astype(np.int32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

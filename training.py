@@ -18,14 +18,8 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 
+from attention import ATTENTION_KERNELS
 from losses import IGNORE_INDEX
-
-ATTENTION_KERNELS = [
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
 
 # --- device and precision -----------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from models import CustomLLM, CustomLLMConfig, build_attention_mask, rope_cos_sin
+from attention import build_attention_mask
+from models import CustomLLM, CustomLLMConfig, rope_cos_sin
 
 VOCAB = 97
 dense_and_moe = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])

@@ -163,7 +163,9 @@ def test_a_batch_is_padded_and_only_tokens_behind_another_of_their_document_are_
         "position_ids": [[0, 1, 2, 0, 1, 0], [0] * 6],
         "labels": [[none, 11, 12, none, 21, none], [none] * 6],
         "attention_mask": [[1, 1, 1, 1, 1, 0], [1] + [0] * 5],
+        "cu_seq_lens_q": [0, 3, 5, 6, 7, 12],
     }
+    assert batch.pop("cu_seq_lens_q").dtype == torch.int32
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
@@ -182,6 +184,7 @@ def test_a_batch_of_no_rows_is_one_row_of_padding():
     assert batch["input_ids"].tolist() == [[PAD] * 4]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 4]
     assert batch["attention_mask"].sum() == batch["position_ids"].sum() == 0
+    assert batch.pop("cu_seq_lens_q").tolist() == [0, 4]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 

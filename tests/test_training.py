@@ -9,6 +9,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import training
+from attention import ATTENTION_KERNELS
 from models import CustomLLM, CustomLLMConfig
 from optimizers import (
     build_optimizers,
@@ -17,7 +18,6 @@ from optimizers import (
     set_learning_rate,
 )
 from training import (
-    ATTENTION_KERNELS,
     StepSampler,
     check_finite,
     checkpoint_blocks,

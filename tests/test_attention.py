@@ -1,0 +1,125 @@
+"""Attention: packed rows by document bounds equal packed rows by mask; which kernel runs."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attention
+from attention import ATTENTION_KERNELS, attend, has_varlen_kernel
+from models import CustomLLM, CustomLLMConfig
+from packing import PackedCollator
+from training import checkpoint_blocks
+
+LENGTH = 12
+
+
+def tiny_model(**options) -> CustomLLM:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "d_ff": 64}
+    return CustomLLM(CustomLLMConfig(64, max_seq_len=LENGTH, **(sizes | options))).train()
+
+
+def packed_batch() -> dict:
+    """Two rows: documents of 5, 4 and 1 tokens and padding; one document that fills its row."""
+    rows = [
+        {"input_ids": list(range(1, 11)), "position_ids": [*range(5), *range(4), 0]},
+        {"input_ids": list(range(20, 32)), "position_ids": list(range(12))},
+    ]
+    return PackedCollator(LENGTH, pad_token_id=0)(rows)
+
+
+def attend_by_document(q, k, v, cu_q, cu_k, max_q, max_k, window_size, enable_gqa):
+    """What torch's varlen_attn is documented to compute; itself it has no kernel on a CPU."""
+    assert (window_size, max_q, max_k) == ((-1, 0), LENGTH, LENGTH)
+    bounds, outputs = cu_q.tolist(), []
+    assert bounds == cu_k.tolist()
+    for start, end in pairwise(bounds):
+        document = (rearrange(x[start:end], "s h d -> 1 h s d") for x in (q, k, v))
+        x = F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=enable_gqa)
+        outputs.append(rearrange(x, "1 h s d -> s h d"))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_packed_rows_by_bounds_equal_packed_rows_by_mask(monkeypatch, use_moe):
+    model, batch, results = tiny_model(use_moe=use_moe), packed_batch(), []
+    for by_bounds in (False, True):
+        monkeypatch.setattr(attention, "varlen_attn", attend_by_document if by_bounds else None)
+        monkeypatch.setattr("models.has_varlen_kernel", lambda *_, answer=by_bounds: answer)
+        model.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        real = batch["attention_mask"] > 0
+        results.append([output.loss, output.logits[real], *(p.grad for p in model.parameters())])
+    for by_mask, by_bounds in zip(*results, strict=True):
+        torch.testing.assert_close(by_bounds, by_mask, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("level", [False, "attention", "full"])
+def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(monkeypatch, level):
+    # Shapes only: tensors without contents, since the kernel itself needs a GPU.
+    monkeypatch.setattr("models.has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr("losses.SKIPS_IGNORED", set())  # as on a GPU
+    kernels, mode = [], FakeTensorMode()
+    with mode:
+        model = tiny_model()
+    checkpoint_blocks(model, level)
+    batch = {name: mode.from_tensor(tensor) for name, tensor in packed_batch().items()}
+    with mode, RecordKernels(kernels), torch.autocast("cpu", torch.bfloat16):
+        model(**batch, num_items_in_batch=1, skip_logits=True).loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+    repeats = 2 if level == "full" else 1
+    assert kernels == [torch.ops.torch_attn._varlen_attn.default] * model.config.n_layers * repeats
+
+
+class RecordKernels(TorchDispatchMode):
+    """Appends every attention kernel that is called to a list."""
+
+    def __init__(self, kernels: list):
+        super().__init__()
+        self.kernels = kernels
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in ATTENTION_KERNELS:
+            self.kernels.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_both_plain_and_masked_rows_run_in_the_flash_kernel(masked):
+    q, k, v = torch.randn(3, 2, 4, 8, 16, generator=torch.manual_seed(0)).unbind()
+    mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril() if masked else None
+    kernels = []
+    with RecordKernels(kernels):
+        attend(q, k[:, :2], v[:, :2], mask)
+    assert kernels == [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "dropout", "capability", "expected"),
+    [
+        ("cuda", torch.float16, 0.0, (8, 6), True),
+        ("cuda", torch.bfloat16, 0.0, (9, 0), True),
+        ("cuda", torch.float32, 0.0, (8, 6), False),
+        ("cuda", torch.float16, 0.1, (8, 6), False),  # the kernel has no dropout
+        ("cuda", torch.float16, 0.0, (7, 5), False),  # flash attention needs Ampere
+        ("cpu", torch.bfloat16, 0.0, (8, 6), False),
+    ],
+)
+def test_the_varlen_kernel_is_chosen_where_it_runs(
+    monkeypatch, device, dtype, dropout, capability, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    assert has_varlen_kernel(weight, dropout) is expected
+    weight.dtype = torch.float32
+    assert not has_varlen_kernel(weight, dropout)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: dtype)
+    assert has_varlen_kernel(weight, dropout) is expected
