@@ -80,17 +80,10 @@ class MoE(nn.Module):
             x.device, dtype, x.shape[-1], self.experts[0].up_proj.out_features
         ):
             return run_experts_one_by_one(self.experts, x, counts)
-        weights = [(e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight) for e in self.experts]
-        gate_up = torch.stack([torch.cat((g.to(dtype), u.to(dtype))) for g, u, _ in weights])
-        down = torch.stack([d.to(dtype) for _, _, d in weights])  # (experts, d_model, d_ff)
-        ends = counts.cumsum(0).to(torch.int32)
-        hidden = F.grouped_mm(x.to(dtype), gate_up.transpose(-2, -1), offs=ends)
-
-        def finish(hidden):  # (rows, 2 * d_ff)
-            gate, up = hidden.chunk(2, dim=-1)
-            return F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
-
-        return recompute(finish, hidden)
+        # Its shape function under torch.compile, and inductor's template, know bf16 alone.
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
+            return run_experts_outside_the_graph(self.experts, x.to(dtype), counts)
+        return run_experts_grouped(self.experts, x.to(dtype), counts)
 
     def _balance(self, probs, top_experts, token_mask):
         """experts * sum_e(share of tokens sent to e * mean probability of e): 1 when balanced.
@@ -109,16 +102,33 @@ class MoE(nn.Module):
 def can_use_grouped_mm(device: torch.device, dtype: torch.dtype, *row_sizes: int) -> bool:
     """Whether torch's grouped matrix product runs here.
 
-    It needs rows of a multiple of 16 bytes, on CUDA compute capability 8.0, and under
-    torch.compile bf16: its shape function, and inductor's template, know no other dtype.
+    It needs rows of a multiple of 16 bytes, and on CUDA compute capability 8.0.
     """
     if any(size * dtype.itemsize % 16 for size in row_sizes):
-        return False
-    if torch.compiler.is_compiling() and dtype != torch.bfloat16:
         return False
     if device.type != "cuda":
         return device.type == "cpu"
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def run_experts_grouped(experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """MoE._run_experts in two grouped matrix products, in x's dtype."""
+    dtype = x.dtype
+    weights = [(e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight) for e in experts]
+    gate_up = torch.stack([torch.cat((g.to(dtype), u.to(dtype))) for g, u, _ in weights])
+    down = torch.stack([d.to(dtype) for _, _, d in weights])  # (experts, d_model, d_ff)
+    ends = counts.cumsum(0).to(torch.int32)
+    hidden = F.grouped_mm(x, gate_up.transpose(-2, -1), offs=ends)
+
+    def finish(hidden):  # (rows, 2 * d_ff)
+        gate, up = hidden.chunk(2, dim=-1)
+        return F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
+
+    return recompute(finish, hidden)
+
+
+# The same kernels, called between two compiled graphs: no waiting for the counts, as a loop would.
+run_experts_outside_the_graph = torch.compiler.disable(run_experts_grouped)
 
 
 @torch.compiler.disable
