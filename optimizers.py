@@ -66,11 +66,12 @@ def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float
         precision.scaler.unscale_(optimizer)
     limit = max_grad_norm or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    # The scaler skips per optimizer: with two, one must not step while the other overflows.
-    together = len(optimizers) == 1 or not precision.scaler.is_enabled()
-    if together or torch.isfinite(grad_norm):
+    if len(optimizers) == 1:
+        precision.scaler.step(optimizers[0])
+    # The scaler skips per optimizer: of two, one must not step while the other overflows.
+    elif not precision.scaler.is_enabled() or torch.isfinite(grad_norm):
         for optimizer in optimizers:
-            precision.scaler.step(optimizer)
+            optimizer.step()
     precision.scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ CHOICES = {
     "resume": ("auto", False),
 }
 AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epochs", "top_k"} | {
-    "gradient_accumulation_steps", "log_every", "keep_checkpoints", "max_seq_len", "max_length",
+    "gradient_accumulation_steps", "keep_checkpoints", "max_seq_len", "max_length",
 }  # fmt: skip
 RATIOS = {"warmup_ratio", "min_lr_ratio", "validation_ratio"}
 
