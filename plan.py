@@ -12,12 +12,16 @@ import importlib
 import math
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 import losses
 import train_llm
@@ -70,6 +74,35 @@ def full_batch(script: str, length: int, batch_size: int) -> dict[str, torch.Ten
     return PairCollator(0)([pair | {"chosen_bytes": np.int64(1)}] * batch_size)
 
 
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors alive at once: MemTracker's total, without its categories, fast."""
+
+    def __init__(self, *alive: torch.Tensor):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known = WeakIdKeyDictionary()  # storages: a view has its base's
+        self.count(alive)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        self.count(outputs)
+        return outputs
+
+    def count(self, tensors):
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in self.known:
+                self.known[storage] = True
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+
+    def forget(self, size: int):
+        self.alive -= size
+
+
 class StepMemory:
     """A stage's model and optimizers, and the peak of their training step in bytes.
 
@@ -88,24 +121,38 @@ class StepMemory:
             self._run(self._batch(1))  # creates the optimizers' state
             self._step()
 
-    def peak(self, batch_size: int, level, with_optimizer: bool = True) -> dict[str, int]:
+    def peak(self, batch_size: int, level) -> dict[str, int]:
         """Bytes by category, and "total", at the worst moment of a step's last micro-batch."""
-        checkpoint_blocks(self.model, level)
-        batch = self._batch(batch_size)
-        with self.mode or contextlib.nullcontext():  # outside the tracker, or that sees nothing
-            self.model.zero_grad()
-            if self.config["gradient_accumulation_steps"] > 1:
-                self._run(self._batch(1))  # the gradients are there already
-            memory = MemTracker()
+        memory = MemTracker()
+        with self._micro_batch(batch_size, level) as batch:
             memory.track_external(self.model, *self.optimizers, *batch.values())
             with memory, warnings.catch_warnings():
                 # The tracker's, about blocks that are computed again.
                 warnings.filterwarnings("ignore", message="Module is None")
                 self._run(batch)
-                if with_optimizer:
-                    self._step()
+                self._step()
         peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
         return {str(kind).rpartition(".")[2].lower(): size for kind, size in peak.items()}
+
+    def peak_of_backward(self, batch_size: int, level) -> int:
+        """Bytes at the worst moment before the optimizer's step, which no batch size changes."""
+        with self._micro_batch(batch_size, level) as batch:
+            states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+            weights = list(self.model.parameters())
+            memory = PeakBytes(weights, [p.grad for p in weights], states, list(batch.values()))
+            with memory:
+                self._run(batch)
+        return memory.peak
+
+    @contextlib.contextmanager
+    def _micro_batch(self, batch_size: int, level):
+        checkpoint_blocks(self.model, level)
+        batch = self._batch(batch_size)
+        with self.mode or contextlib.nullcontext():  # outside a tracker, or that sees nothing
+            self.model.zero_grad()
+            if self.config["gradient_accumulation_steps"] > 1:
+                self._run(self._batch(1))  # the gradients are there already
+            yield batch
 
     def _batch(self, batch_size: int) -> dict[str, torch.Tensor]:
         batch = full_batch(self.script, self.length, batch_size)
@@ -142,7 +189,7 @@ def largest_batch(memory: StepMemory, level) -> int:
 
     def fits(size: int) -> bool:
         if size not in peaks:
-            peaks[size] = memory.peak(size, level, with_optimizer=False)["total"]
+            peaks[size] = memory.peak_of_backward(size, level)
         return peaks[size] <= room
 
     # Below so many rows the chunk of logits still grows with them.

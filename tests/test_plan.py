@@ -44,9 +44,9 @@ def test_the_largest_batch_fits_and_a_twentieth_more_does_not(monkeypatch):
     sizes = [largest_batch(memory, level) for level in plan.LEVELS]
     assert sizes[0] < sizes[1] <= sizes[2]
     for size, level in zip(sizes, plan.LEVELS, strict=True):
-        assert on_card(memory.peak(size, level, with_optimizer=False)["total"]) <= 3.0
-        more = size + max(1, size // 20)
-        assert on_card(memory.peak(more, level, with_optimizer=False)["total"]) > 3.0
+        assert on_card(memory.peak(size, level)["total"]) <= 3.0
+        assert on_card(memory.peak(size + max(1, size // 20), level)["total"]) > 3.0
+        assert memory.peak_of_backward(size, level) == memory.peak(size, level)["total"]
 
 
 def test_losses_are_as_before_after_planning():
