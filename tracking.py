@@ -134,6 +134,12 @@ def flops_per_token(model) -> float:
     return 6 * weights + attention
 
 
+def peak_flops(device: torch.device) -> float | None:
+    """PEAK_FLOPS of the GPU; None where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+
+
 def active_parameters(model) -> int:
     """Parameters that one token meets: of a mixture's experts only top_k."""
     config = model.config
@@ -181,9 +187,7 @@ class Meter:
             "train/eta_seconds": (now - self.started) / done * (self.total_steps - step),
         }
         if self.device.type == "cuda":
-            name = torch.cuda.get_device_name(self.device)
-            peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
-            if peak:
+            if peak := peak_flops(self.device):
                 metrics["train/mfu"] = speed * self.flops / peak
             metrics["memory/allocated_gib"] = torch.cuda.memory_allocated(self.device) / 2**30
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
