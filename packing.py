@@ -6,7 +6,7 @@ convention): attention never crosses a document, and its first token is never a 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -148,13 +148,20 @@ def data_fingerprint(rows: Dataset) -> str:
     return rows.info.description
 
 
+def column_values(rows: Dataset, batch_size: int = 1000) -> Iterator[dict[str, np.ndarray]]:
+    """Every column of packed rows as one flat array, `batch_size` rows at a time."""
+    for table in rows.with_format("arrow").iter(batch_size):
+        columns = zip(table.column_names, table.columns, strict=True)
+        yield {name: column.combine_chunks().flatten().to_numpy() for name, column in columns}
+
+
 def target_bytes(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
     """UTF-8 bytes of the targets of packed rows: the denominator of bits per byte."""
     lengths = token_byte_lengths(tokenizer)
     total = 0
-    for row in rows.with_format("numpy"):
-        labels = row.get("labels", row["input_ids"])
-        total += int(lengths[labels[(row["position_ids"] > 0) & (labels >= 0)]].sum())
+    for values in column_values(rows):
+        labels = values.get("labels", values["input_ids"])
+        total += int(lengths[labels[(values["position_ids"] > 0) & (labels >= 0)]].sum())
     return total
 
 

@@ -27,7 +27,14 @@ from files import (
     settings_hash,
     split_hash,
 )
-from packing import PackedCollator, open_rows, pack_segments, row_length, split_windows
+from packing import (
+    PackedCollator,
+    column_values,
+    open_rows,
+    pack_segments,
+    row_length,
+    split_windows,
+)
 from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit: no warning from data workers
@@ -222,8 +229,8 @@ def unigram_loss(splits: DatasetDict, vocab_size: int) -> float:
 
     def target_counts(rows: Dataset) -> np.ndarray:
         counts = np.zeros(vocab_size, dtype=np.int64)
-        for row in rows.with_format("numpy"):
-            targets = row["input_ids"][row["position_ids"] > 0]
+        for values in column_values(rows):
+            targets = values["input_ids"][values["position_ids"] > 0]
             counts += np.bincount(targets, minlength=vocab_size)
         return counts
 
