@@ -46,7 +46,7 @@ def test_a_wrong_value_is_refused_by_name(key, value):
         resolve_config(DEFAULTS, {key: value})
 
 
-def test_whole_numbers_are_numbers_and_optional_keys_take_anything():
+def test_whole_numbers_are_numbers_and_optional_keys_take_a_value():
     config = resolve_config(DEFAULTS, {"learning_rate": 1, "n_kv_heads": 2, "torch_compile": True})
     assert (config["learning_rate"], config["n_kv_heads"], config["torch_compile"]) == (1, 2, True)
 
