@@ -94,7 +94,8 @@ def seed_step(seed: int, step: int, rank: int):
 
     So a resumed run needs no generator states, and evaluation or sampling cannot disturb it.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+    # Torch takes 64 bits: a seed such as a date, 20240607, would go beyond them.
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**64)
 
 
 def seed_everything(seed: int):
