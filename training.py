@@ -271,6 +271,7 @@ def generate_samples(model, tokenizer, prompts: list[str], precision, max_new_to
                 do_sample=True,
                 temperature=0.7,
                 top_p=0.9,
+                remove_invalid_values=True,  # a ruined model's NaN: the loop will report it
             )
         samples.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     model.train()
