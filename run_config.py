@@ -75,7 +75,7 @@ def find_problem(key: str, value, default) -> str | None:
     """What is wrong with a value, judged by the key's choices and its default's type."""
     if key in CHOICES:
         allowed = CHOICES[key]
-        if not any(value is choice or value == choice != 1 for choice in allowed):
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
             return f"{key}={shown(value)} must be one of {', '.join(map(repr, allowed))}"
         return None
     if key in OPTIONAL:
