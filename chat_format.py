@@ -42,7 +42,7 @@ def to_messages(record: dict, response_keys=("response", "output")) -> list[dict
         messages = _from_instruction(record, response_keys)
     system = record.get("system")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, {"role": "system", "content": text_of(system, "system")})
     return messages
 
 
@@ -55,7 +55,7 @@ def parse_messages(value, key: str) -> list[dict]:
         if not isinstance(item, dict):
             raise FormatError(f"message {number} of {key!r} is no object")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise FormatError(
                 f"message {number} of {key!r} has role {role!r}; known: {', '.join(ROLES)}"
             )
@@ -77,15 +77,23 @@ def _from_instruction(record: dict, response_keys: tuple[str, ...]) -> list[dict
     question = text_of(record["instruction"], "instruction")
     if record.get("input"):
         question += "\n" + text_of(record["input"], "input")
-    messages = []
-    for asked, answered in record.get("history") or []:
-        messages.append({"role": "user", "content": text_of(asked, "history")})
-        messages.append({"role": "assistant", "content": text_of(answered, "history")})
+    messages = _from_history(record.get("history") or [])
     messages.append({"role": "user", "content": question})
     if response_key:
         reply = text_of(record[response_key], response_key)
         messages.append({"role": "assistant", "content": reply})
     return messages
+
+
+def _from_history(turns) -> list[dict]:
+    is_list = isinstance(turns, list)
+    if not is_list or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
+        raise FormatError('"history" must be a list of [question, answer]')
+    return [
+        {"role": role, "content": text_of(text, "history")}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
 
 
 def text_of(value, where: str) -> str:

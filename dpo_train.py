@@ -274,6 +274,7 @@ def train_dpo(
                 if due["eval"]:
                     metrics = validate_pairs(scorer, validation, precision, accelerator, config)
                     val_loss = metrics["val/loss"]
+                    check_finite(val_loss, precision, step, run.checkpoint)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                     drop = start_logp - metrics["val/logps/chosen_per_token"]

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import inspect
 import math
+import os
 import sys
 
 CHOICES = {
@@ -14,9 +15,15 @@ CHOICES = {
     "resume": ("auto", False),
 }
 AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epochs", "top_k"} | {
-    "gradient_accumulation_steps", "keep_checkpoints", "max_seq_len", "max_length",
+    "gradient_accumulation_steps", "keep_checkpoints", "max_seq_len", "max_length", "n_kv_heads",
+    "moe_d_ff",
 }  # fmt: skip
-RATIOS = {"warmup_ratio", "min_lr_ratio", "validation_ratio"}
+# Far beyond any sensible value, and below what overflows or exhausts the machine further down.
+LARGEST = 2**31 - 1
+AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio"), 1)
+AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20) | {"num_workers": 1024}
+# Keys that may be None, and an example of what else they take.
+OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
 
 
 def resolve_config(defaults: dict, overrides: dict | None) -> dict:
@@ -25,12 +32,15 @@ def resolve_config(defaults: dict, overrides: dict | None) -> dict:
     Raises:
         ValueError: every unknown key (with the nearest known one) and wrong value, in one message.
     """
-    given = dict(overrides or {})
+    given = {
+        key: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for key, value in (overrides or {}).items()
+    }
     problems = []
     for key, value in given.items():
         if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)
-            problems.append(f"unknown key {key!r}; the nearest is {near[0]!r}")
+            near = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.0)
+            problems.append(f"unknown key {shown(key)}; the nearest is {near[0]!r}")
         elif problem := find_problem(key, value, defaults[key]):
             problems.append(problem)
     if problems:
@@ -69,22 +79,50 @@ def find_problem(key: str, value, default) -> str | None:
     """What is wrong with a value, judged by the key's choices and its default's type."""
     if key in CHOICES:
         allowed = CHOICES[key]
-        if not any(value is choice or value == choice != 1 for choice in allowed):
-            return f"{key}={value!r} must be one of {', '.join(map(repr, allowed))}"
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            return f"{key}={shown(value)} must be one of {', '.join(map(repr, allowed))}"
         return None
+    if key in OPTIONAL:
+        if value is None:
+            return None
+        default = OPTIONAL[key]
+    rule = None
     if isinstance(default, bool):
-        return None if isinstance(value, bool) else f"{key}={value!r} must be True or False"
-    if isinstance(default, int | float):
-        kinds = (int,) if isinstance(default, int) else (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
-            return f"{key}={value!r} must be {'a whole number' if kinds == (int,) else 'a number'}"
-        if value < (smallest := 1 if key in AT_LEAST_ONE else 0):
-            return f"{key}={value!r} must be at least {smallest}"
-        if key in RATIOS and value > 1:
-            return f"{key}={value!r} must be at most 1"
-    if isinstance(default, str) and not isinstance(value, str):
-        return f"{key}={value!r} must be text"
+        rule = None if isinstance(value, bool) else "True or False"
+    elif isinstance(default, int | float):
+        rule = _broken_number_rule(key, value, isinstance(default, int))
+    elif isinstance(default, str):
+        rule = _broken_text_rule(value)
+    return f"{key}={shown(value)} must be {rule}" if rule else None
+
+
+def _broken_number_rule(key: str, value, whole: bool) -> str | None:
+    kinds = int if whole else int | float
+    is_nan_or_inf = isinstance(value, float) and not math.isfinite(value)
+    if not isinstance(value, kinds) or isinstance(value, bool) or is_nan_or_inf:
+        return "a whole number" if whole else "a number"
+    if value < (smallest := 1 if key in AT_LEAST_ONE else 0):
+        return f"at least {smallest}"
+    if value > (largest := AT_MOST.get(key, LARGEST)):
+        return f"at most {largest}"
     return None
+
+
+def _broken_text_rule(value) -> str | None:
+    if not isinstance(value, str):
+        return "text"
+    # Neither can stand in a file name or in run.json.
+    has_surrogate = any("\ud800" <= character <= "\udfff" for character in value)
+    return "text without NULs and lone surrogates" if has_surrogate or "\0" in value else None
+
+
+def shown(value) -> str:
+    """repr on one short line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def run_from_command_line(stage_function, defaults: dict):

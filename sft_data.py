@@ -93,7 +93,8 @@ def _write_rows(folder: Path, path: str, tokenizer, max_length: int, validation_
             for messages, turns in zip(batch, renderer.render(batch), strict=True):
                 counts["replies cut"] += truncate(turns, max_length)
                 ids, mask = flatten(turns)
-                if any(mask[1:]):
+                # Spelled in bytes, the headers alone may be longer than a row.
+                if any(mask[1:]) and len(ids) <= max_length:
                     question = json.dumps(messages[:-1], sort_keys=True)
                     encoded.append((split_hash(question), ids, mask))
                 else:

@@ -244,6 +244,7 @@ def train_sft(
                 if due["eval"]:
                     metrics = validate(model, validation, validation_bytes, precision, accelerator)
                     val_loss = metrics["val/loss"]
+                    check_finite(val_loss, precision, step, run.checkpoint)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                 if due["sample"] and is_main:

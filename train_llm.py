@@ -7,6 +7,7 @@ torchrun --nproc_per_node 2 train_llm.py                 several GPUs
 
 from itertools import islice
 
+import psutil
 import torch
 
 from checkpoint import (
@@ -131,7 +132,7 @@ def train(
     rank, world = accelerator.process_index, accelerator.num_processes
     say = make_say(is_main)
     precision = choose_precision(config["mixed_precision"], device, say)
-    make_model_config(config, config["vocab_size"])  # impossible sizes end here, before any work
+    check_memory(make_model_config(config, config["vocab_size"]))  # before any work
     seed_everything(config["seed"])
 
     # 2. Run folder: a new one, or an unfinished one to resume
@@ -235,6 +236,7 @@ def train(
                 if due["eval"]:
                     metrics = validate(model, validation, validation_bytes, precision, accelerator)
                     val_loss = metrics["val/loss"]
+                    check_finite(val_loss, precision, step, run.checkpoint)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                 if due["sample"] and is_main:
@@ -264,6 +266,21 @@ def make_model_config(config: dict, vocab_size: int) -> CustomLLMConfig:
     names = ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "dropout")
     names += ("use_moe", "num_experts", "top_k", "moe_d_ff")
     return CustomLLMConfig(-(-vocab_size // 64) * 64, **{name: config[name] for name in names})
+
+
+def check_memory(sizes: CustomLLMConfig):
+    """Raises ValueError when the weights alone are more than this machine's memory."""
+    attention = 2 * sizes.d_model * sizes.head_dim * (sizes.n_heads + sizes.n_kv_heads)
+    widths = sizes.num_experts * sizes.moe_d_ff if sizes.use_moe else sizes.d_ff
+    layer = attention + 3 * sizes.d_model * widths
+    weights = sizes.vocab_size * sizes.d_model + sizes.n_layers * layer
+    needed, there = 4 * weights / 2**30, psutil.virtual_memory().total / 2**30
+    if needed > there:
+        names = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "num_experts", "moe_d_ff")
+        raise ValueError(
+            f"{', '.join(f'{name}={getattr(sizes, name)}' for name in names)}: these weights take "
+            f"{needed:,.0f} GiB, and this machine has {there:,.0f}."
+        )
 
 
 def main():

@@ -88,7 +88,8 @@ def seed_step(seed: int, step: int, rank: int):
 
     So a resumed run needs no generator states, and evaluation or sampling cannot disturb it.
     """
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + rank)
+    # Torch takes 64 bits: a seed such as a date, 20240607, would go beyond them.
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + rank) % 2**64)
 
 
 def seed_everything(seed: int):
@@ -264,6 +265,7 @@ def generate_samples(model, tokenizer, prompts: list[str], precision, max_new_to
                 do_sample=True,
                 temperature=0.7,
                 top_p=0.9,
+                remove_invalid_values=True,  # a ruined model's NaN: the loop will report it
             )
         samples.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     model.train()

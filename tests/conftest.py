@@ -21,6 +21,7 @@ TEXTS = ["天地玄黄，宇宙洪荒。", "The quick brown fox.", "user assista
 
 # A shared machine may be slow: no example fails by its time, and nothing is left in the folder.
 settings.register_profile("toolkit", deadline=None, database=None)
+settings.register_profile("long", settings.get_profile("toolkit"), max_examples=1600)
 settings.load_profile("toolkit")
 
 

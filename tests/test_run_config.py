@@ -46,7 +46,7 @@ def test_a_wrong_value_is_refused_by_name(key, value):
         resolve_config(DEFAULTS, {key: value})
 
 
-def test_whole_numbers_are_numbers_and_optional_keys_take_anything():
+def test_whole_numbers_are_numbers_and_optional_keys_take_a_value():
     config = resolve_config(DEFAULTS, {"learning_rate": 1, "n_kv_heads": 2, "torch_compile": True})
     assert (config["learning_rate"], config["n_kv_heads"], config["torch_compile"]) == (1, 2, True)
 
@@ -92,3 +92,9 @@ def test_ctrl_c_outside_the_loop_is_one_line_too(monkeypatch):
     monkeypatch.setattr("sys.argv", ["stage.py"])
     with pytest.raises(SystemExit, match=r"interrupted: .*run the same command again"):
         run_from_command_line(stage, DEFAULTS)
+
+
+def test_a_path_object_is_as_good_as_its_text(tmp_path):
+    assert resolve_config({"init_from": None}, {"init_from": tmp_path})["init_from"] == str(
+        tmp_path
+    )
