@@ -53,7 +53,9 @@ def parse_messages(value, key: str) -> list[dict]:
     messages = []
     for number, item in enumerate(value, start=1):
         if not isinstance(item, dict):
-            raise FormatError(f"message {number} of {key!r} is no object")
+            wanted = '{"role": …, "content": …}'
+            found = type(item).__name__
+            raise FormatError(f"message {number} of {key!r} must be {wanted}, found {found}")
         role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
         if not isinstance(role, str) or role not in ROLES:
             raise FormatError(
@@ -102,7 +104,9 @@ def text_of(value, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise FormatError(f"{where} has a lone surrogate, which is no character") from error
+        raise FormatError(
+            f"{where} has a lone surrogate, which is no character: take it out"
+        ) from error
     return value
 
 

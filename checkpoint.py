@@ -72,12 +72,13 @@ def open_run(stage: str, run_name: str | None, config: dict, accelerator) -> Run
 
 def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
     root = Path(config["output_dir"]) / stage
+    where = f"output_dir {config['output_dir']!r}"
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"output_dir {config['output_dir']!r}: {error.strerror}.") from error
+        raise CheckpointError(f"{where}: {error.strerror}; choose another folder.") from error
     if not os.access(root, os.W_OK):
-        raise CheckpointError(f"output_dir {config['output_dir']!r}: no permission to write.")
+        raise CheckpointError(f"{where}: no permission to write there; choose another folder.")
     if run_name is None:
         folder = _newest_unfinished(root, config) if config["resume"] else None
         folder = folder or _unused(root / time.strftime("%Y%m%d-%H%M%S"))

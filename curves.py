@@ -80,7 +80,9 @@ def main():
     parser.add_argument("run_folder", type=Path)
     folder = parser.parse_args().run_folder
     if not (folder / "metrics.jsonl").exists():
-        raise SystemExit(f"error: {folder} holds no metrics.jsonl.")
+        raise SystemExit(
+            f"error: {folder} holds no metrics.jsonl: name a run, as checkpoints/sft/<run>."
+        )
     print(plot_curves(folder))
 
 

@@ -277,7 +277,7 @@ def main():
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
     arguments = parser.parse_args()
     try:
-        folder = arguments.model or find_final("checkpoints", "sft", "sft_train.py")
+        folder = arguments.model or find_final("checkpoints", "sft", "sft_train.py", "--model")
         if arguments.make_pairs:
             from make_pairs import make_pairs  # needs the model; looking at data does not
 

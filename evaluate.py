@@ -82,7 +82,7 @@ def bits_per_byte(model, tokenizer, texts, max_length: int, stride: int) -> dict
         num_bytes += sum(int(lengths[ids[1:]].sum()) for ids in encoded)
         documents += len(batch)
     if not tokens:
-        raise ValueError("The data holds no text to measure.")
+        raise ValueError("No text to measure: every document is empty or no text.")
     return {
         "bits_per_byte": nats / math.log(2) / num_bytes,
         "perplexity": math.exp(nats / tokens),
@@ -130,7 +130,7 @@ def read_questions(path: str) -> list[Question]:
         for line, record in records:
             questions.append(_parse_question(record, subject, file, line))
     if not questions:
-        raise ValueError(f"{path}: no questions.")
+        raise ValueError(f"{path}: no questions; expected rows of question, A, B, … and answer.")
     return questions
 
 
@@ -148,7 +148,8 @@ def _iter_csv(path: Path):
 
 def _parse_question(record, subject: str, path: Path, line: int) -> Question:
     if not isinstance(record, dict):
-        raise input_error(path, line, "a question must be an object.")
+        kind = type(record).__name__
+        raise input_error(path, line, f"a question must be an object, found {kind}.")
     record = {str(key).lower(): value for key, value in record.items()}
     options = record.get("options", record.get("choices"))
     if options is None:
@@ -205,7 +206,9 @@ def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_
         rights[subject]["normalized"].append(normalized == question.answer)
         rights[subject]["chance"].append(1 / len(question.options))
     if not rights:
-        raise ValueError(f"No question is left to score after {shots} shots per subject.")
+        raise ValueError(
+            f"No question is left to score after {shots} shots per subject: lower --shots."
+        )
     return rights
 
 

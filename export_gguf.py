@@ -91,7 +91,10 @@ def write_tokenizer(writer, tokenizer, vocab_size: int):
     if backend["model"]["type"] != "BPE" or QWEN2_SPLIT not in json.dumps(
         backend["pre_tokenizer"], ensure_ascii=False
     ).replace("\\\\", "\\"):
-        raise ValueError("Only byte-level BPE tokenizers with Qwen2's split can be exported.")
+        raise ValueError(
+            "Only byte-level BPE tokenizers with Qwen2's split can be exported, such as those "
+            "that tokenizer.py trains."
+        )
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     types = [gguf.TokenType.NORMAL] * len(tokens)
     for index, token in tokenizer.added_tokens_decoder.items():

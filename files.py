@@ -18,6 +18,7 @@ import xxhash
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
+SCRIPTS = {"dpo": "dpo_train.py", "sft": "sft_train.py", "pretrain": "train_llm.py"}
 TEXT_BLOCK = 1_000_000  # characters after which a .txt without blank lines is cut at a line end
 
 
@@ -216,17 +217,17 @@ def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
         raise input_error(path, None, f"not a readable parquet file ({cause}).") from error
 
 
-def find_final(output_dir: str, stage: str, script: str) -> Path:
+def find_final(output_dir: str, stage: str, script: str, option: str = "init_from") -> Path:
     """The newest finished run of a stage.
 
     Raises:
-        ValueError: there is none; names the command that makes one.
+        ValueError: there is none; names the command that makes one, and the option to do without.
     """
     finals = list(Path(output_dir, stage).glob("*/final"))
     if not finals:
         raise ValueError(
             f"No finished {stage} run under {output_dir}/{stage}: run `python {script}` first, or "
-            "set init_from to a model folder."
+            f"set {option} to a model folder."
         )
     return max(finals, key=lambda folder: folder.stat().st_mtime)
 
@@ -237,12 +238,14 @@ def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
     Raises:
         ValueError: none is finished.
     """
-    for name in [stage] if stage else ["dpo", "sft", "pretrain"]:
+    if stage:
+        return find_final(output_dir, stage, SCRIPTS[stage], "--model")
+    for name in SCRIPTS:
         with contextlib.suppress(ValueError):
             return find_final(output_dir, name, "")
     raise ValueError(
-        f"No finished {stage or 'run'} under {output_dir}: run `python train_llm.py` first, or "
-        "name a model folder with --model."
+        f"No finished run under {output_dir}: run `python train_llm.py` first, or set --model to a "
+        "model folder."
     )
 
 

@@ -128,7 +128,7 @@ def cached_splits(
     tokenizer and the settings.
     """
     if max_length < 32:
-        raise ValueError(f"max_length={max_length} must be at least 32.")
+        raise ValueError(f"max_length={max_length} must be at least 32 tokens.")
     name = settings_hash(
         content_hash(find_files(path)),
         tokenizer_identity(tokenizer),

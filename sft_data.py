@@ -171,7 +171,9 @@ def main():
     parser.add_argument("--rows", type=int, default=2, help="how many rows to print")
     arguments = parser.parse_args()
     try:
-        folder = arguments.tokenizer or find_final("checkpoints", "pretrain", "train_llm.py")
+        folder = arguments.tokenizer or find_final(
+            "checkpoints", "pretrain", "train_llm.py", "--tokenizer"
+        )
         tokenizer = create_tokenizer(model_path=str(folder))
         rows, _ = prepare_sft_data(tokenizer, arguments.inspect, arguments.max_length)
     except (ValueError, OSError) as error:

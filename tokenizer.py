@@ -108,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedT
     smallest = 256 + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise ValueError(
-            f"vocab_size={vocab_size} must be at least {smallest}: bytes and specials."
+            f"vocab_size={vocab_size} must be at least {smallest}: all bytes and the specials."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -208,7 +208,7 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
         tokens += len(encode_plain(tokenizer, [text])[0])
         alphabet.update(text)
     if not tokens:
-        raise ValueError("The files hold no text to measure.")
+        raise ValueError("No text to measure: every document is empty or no text.")
     seconds = time.perf_counter() - started
     return (
         f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens in {seconds:.1f} s\n"
@@ -236,7 +236,9 @@ def main():
             tokenizer = create_tokenizer(model_path=arguments.measure)
         else:
             if Path(arguments.output, "tokenizer.json").exists():
-                raise ValueError(f"{arguments.output} already holds a tokenizer; choose another.")
+                raise ValueError(
+                    f"{arguments.output} already holds a tokenizer: choose another --output."
+                )
             tokenizer = train_tokenizer(documents(), arguments.vocab_size)
             tokenizer.save_pretrained(arguments.output)
             print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")

@@ -51,7 +51,8 @@ class Tracker:
         try:
             self.wandb = wandb.init(mode=mode, settings=settings, **options)
         except Exception as error:  # an unreachable server must not stop a training run
-            print(f"wandb cannot be reached ({str(error).splitlines()[0]}): logging offline.")
+            cause = (str(error) or repr(error)).splitlines()[0]
+            print(f"wandb cannot be reached ({cause}): logging offline.")
             self.wandb = wandb.init(mode="offline", settings=settings, **options)
             mode = "offline"
         self.wandb_id = self.wandb.id

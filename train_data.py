@@ -70,7 +70,7 @@ def prepare_data(
     if not 0 < validation_ratio < 1:
         raise ValueError(f"validation_ratio={validation_ratio} must be between 0 and 1.")
     if max_seq_len < 8:
-        raise ValueError(f"max_seq_len={max_seq_len} must be at least 8.")
+        raise ValueError(f"max_seq_len={max_seq_len} must be at least 8 tokens.")
     corpus = corpus_hash(dataset)
     cache = Path(cache_dir)
     tokenizer = load_or_train_tokenizer(

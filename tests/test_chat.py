@@ -110,13 +110,17 @@ def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
     [
         ("--model nowhere --prompt 你", "nowhere: no model folder there"),
         ("--model nowhere --serve", "nowhere: no model folder there"),
+        ("--stage sft", "No finished sft run under checkpoints/sft: run `python sft_train.py`"),
         ("--max_new_tokens 0", "--max_new_tokens 0 must be at least 1"),
         ("--temperature -1", "--temperature -1.0 must be at least 0"),
         ("--top_p 3", "--top_p 3.0 must be above 0 and at most 1"),
         ("--repetition_penalty 0", "--repetition_penalty 0.0 must be above 0"),
     ],
 )
-def test_a_wrong_option_is_one_line_before_anything_loads(monkeypatch, arguments, message):
+def test_a_wrong_option_is_one_line_before_anything_loads(
+    tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["chat.py", *arguments.split()])
     with pytest.raises(ValueError, match=re.escape(message)):
         chat.run(chat.parse())
@@ -132,5 +136,5 @@ def test_a_server_that_fails_is_an_error(monkeypatch, base_model):
     monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: True)
     failed = subprocess.CompletedProcess([], 3)
     monkeypatch.setattr(chat.subprocess, "run", lambda command: failed)
-    with pytest.raises(ValueError, match="the server ended with 3"):
+    with pytest.raises(ValueError, match="the server ended with 3; its reason is printed above"):
         chat.serve(base_model, 8000)

@@ -113,8 +113,9 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_taken(
     resumed = open_run("pretrain", "run", config, ALONE)
     assert resumed.state["step"] == 1
     printed = capsys.readouterr().out
-    assert "Skipping" in printed
-    assert "step_00000002" in printed
+    problem = "unreadable (" if damage == "delete" else f"{name} is damaged (checksum differs)"
+    assert f"Skipping {path.parent}: {problem}" in printed
+    assert "; taking the one before." in printed
 
 
 def test_without_a_name_the_unfinished_run_of_the_same_configuration_is_resumed(tmp_path):
@@ -152,10 +153,13 @@ def test_a_folder_in_use_is_refused(tmp_path, run_python):
     assert "is in use by another run" in done.stderr
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path):
+def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="output_dir"):
+    with pytest.raises(CheckpointError, match=r"output_dir .*: Not a .*; choose another folder"):
         open_run("sft", None, config_in(tmp_path / "file"), ALONE)
+    monkeypatch.setattr("checkpoint.os.access", lambda *_: False)  # for root nothing is forbidden
+    with pytest.raises(CheckpointError, match=r"output_dir '.*': no permission to write there; ch"):
+        open_run("sft", None, config_in(tmp_path), ALONE)
 
 
 def test_other_data_is_refused(tmp_path):

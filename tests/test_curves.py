@@ -43,4 +43,4 @@ def test_the_command_draws_and_names_a_folder_without_metrics(run_script, tmp_pa
     assert done.stdout.strip().endswith("curves.png")
     failed = run_script("curves.py", tmp_path / "absent")
     assert failed.returncode == 1
-    assert "holds no metrics.jsonl" in failed.stderr
+    assert "absent holds no metrics.jsonl: name a run, as checkpoints/" in failed.stderr

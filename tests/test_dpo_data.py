@@ -64,7 +64,7 @@ def test_a_multi_turn_question_with_a_system_message_is_shared():
 BAD = {
     "no rejected": (
         {"instruction": "问", "chosen": "好"},
-        r":1: .*found \['chosen', 'instruction'\]",
+        r"""dpo\.jsonl:1: expected "chosen" and "rejected"; found \['chosen', 'instruction'\]""",
     ),
     "no question": ({"chosen": "好", "rejected": "坏"}, r':1: expected "instruction" or "prompt"'),
     "other questions": (

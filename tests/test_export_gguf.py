@@ -1,10 +1,12 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 from tiny import pretrain_config
 from transformers import AutoTokenizer
 
-from export_gguf import export, gguf_tensors
+from export_gguf import export, gguf_tensors, main
 from models import CustomLLM
 from tokenizer import create_tokenizer
 from train_llm import train
@@ -77,10 +79,17 @@ def test_what_cannot_be_exported_is_one_clear_error(tmp_path, model_folder):
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     CustomLLM.from_pretrained(model_folder).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="Only byte-level BPE tokenizers with Qwen2's split"):
+    with pytest.raises(ValueError, match=r"Only byte-level BPE .*'s split .* tokenizer\.py trains"):
         export(str(tmp_path / "other"), str(tmp_path / "a.gguf"))
     assert not list(tmp_path.glob("a.gguf*"))
     assert torch.is_tensor(CustomLLM.from_pretrained(model_folder).lm_head.weight)
+
+
+def test_the_command_without_gguf_says_in_one_line_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(sys, "argv", ["export_gguf.py", "final", "model.gguf"])
+    with pytest.raises(SystemExit, match="error: exporting needs `pip install gguf`"):
+        main()
 
 
 MIXED = [

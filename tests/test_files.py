@@ -244,7 +244,7 @@ def test_a_damaged_archive_is_named_with_the_line_it_ends_at(tmp_path, compressi
     assert len(read_lines) < len(lines) or damage == "cut short"
 
 
-def test_a_disk_error_is_not_taken_for_a_broken_archive(tmp_path, monkeypatch):
+def test_a_disk_error_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
     path = put(tmp_path, "a.jsonl.gz", gzip.compress(JSON_LINES))
 
     def broken_disk():
@@ -254,6 +254,9 @@ def test_a_disk_error_is_not_taken_for_a_broken_archive(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_open", lambda _: contextlib.nullcontext(broken_disk()))
     with pytest.raises(OSError, match="Input/output error"):
         read(path)
+    monkeypatch.setattr(pq, "ParquetFile", lambda _: list(broken_disk()))
+    with pytest.raises(OSError, match="Input/output error"):
+        read(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("damage", ["no parquet", "cut", "pages", "footer"])
@@ -328,7 +331,9 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):
 
 
 def test_the_newest_finished_run_is_found_and_its_absence_names_the_command(tmp_path):
-    with pytest.raises(ValueError, match=r"run `python train_llm\.py` first, or set init_from"):
+    with pytest.raises(
+        ValueError, match=r"run `python train_llm\.py` first, or set init_from to a model folder\."
+    ):
         find_final(str(tmp_path), "pretrain", "train_llm.py")
     for age, run in enumerate(("newest", "old", "older")):
         folder = tmp_path / "pretrain" / run / "final"

@@ -25,7 +25,7 @@ def refusal_of(folder):
     """What loading a folder says, from the model class and from the configuration class alike."""
     messages = []
     for loader in (CustomLLMConfig, CustomLLM):
-        with pytest.raises(ValueError, match="not a Qwen3") as error:
+        with pytest.raises(ValueError, match="is not a Qwen3 or Qwen3-MoE checkpoint") as error:
             loader.from_pretrained(folder)
         messages.append(str(error.value))
     assert messages[0] == messages[1]

@@ -12,6 +12,7 @@ from losses import IGNORE_INDEX
 from packing import (
     PackedCollator,
     best_fit,
+    cached_splits,
     data_fingerprint,
     open_rows,
     pack_segments,
@@ -211,3 +212,8 @@ def test_the_fingerprint_of_rows_names_their_cache_folder_even_of_a_part_of_them
     rows = open_rows(next(folder.glob("*.arrow")))
     assert data_fingerprint(rows) == "pretrain-0123"
     assert data_fingerprint(rows.select([1])) == "pretrain-0123"
+
+
+def test_rows_too_short_for_a_conversation_are_refused_before_anything_is_read(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="max_length=31 must be at least 32 tokens"):
+        cached_splits("sft", "absent.jsonl", tokenizer, 31, 0.1, str(tmp_path), None)

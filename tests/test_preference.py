@@ -138,9 +138,9 @@ def test_length_normalized_log_probs_are_per_token():
     ("changes", "message"),
     [
         ({"beta": 0}, "beta=0 must be above 0"),
-        ({"loss_type": "x"}, "loss_type='x'"),
+        ({"loss_type": "x"}, "loss_type='x' must be one of sigmoid, ipo, hinge"),
         ({"label_smoothing": 0.5}, r"label_smoothing=0\.5 must be in"),
-        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "label_smoothing needs loss_type"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, 'label_smoothing needs loss_type "sigmoid"'),
     ],
 )
 def test_impossible_loss_options_are_refused(changes, message):

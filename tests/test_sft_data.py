@@ -1,4 +1,5 @@
 import json
+import sys
 from itertools import pairwise
 
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_jsonl
 
+import sft_data
 from chat_format import FormatError, Renderer, flatten, to_messages, truncate
 from sft_data import inspect, prepare_sft_data
 
@@ -106,16 +108,27 @@ def test_a_json_array_and_json_lines_give_the_same_rows(tmp_path, tokenizer):
 
 
 BAD = {
-    "missing key": ({"instruction": "问", "answer": "答"}, r"sft\.jsonl:2: .*\['answer', 'instruc"),
+    "missing key": (
+        {"instruction": "问", "answer": "答"},
+        r'sft\.jsonl:2: expected "instruction" and "response", "messages" or "conversations"; '
+        r"found keys \['answer', 'instruction'\]",
+    ),
     "not text": ({"instruction": 3, "response": "答"}, r":2: instruction must be text, found int"),
-    "role": ({"messages": [{"role": "tool", "content": "x"}]}, r":2: message 1 .* role 'tool'"),
+    "role": (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        r":2: .* has role 'tool'; known: sys",
+    ),
     "no list": ({"messages": "x"}, r":2: 'messages' must be a non-empty list"),
     "no object": ([1], r":2: expected an object, found list"),
+    "no message": ({"messages": ["x"]}, r':2: message 1 of .* must be {"role": …, .*, found str'),
     "late system": (
         {"messages": [{"role": r, "content": "x"} for r in ("user", "system")]},
         r":2: message 2 .* only the first may be",
     ),
-    "surrogate": ({"instruction": "\ud800", "response": "答"}, r":2: instruction has a lone surr"),
+    "surrogate": (
+        {"instruction": "\ud800", "response": "答"},
+        ":2: .* has a lone surrogate, which",
+    ),
 }
 
 
@@ -270,3 +283,11 @@ def test_format_errors_are_value_errors_for_those_who_parse_records_themselves()
     with pytest.raises(FormatError):
         to_messages({})
     assert issubclass(FormatError, ValueError)
+
+
+def test_the_command_without_a_model_is_one_line_that_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["sft_data.py", "--inspect"])
+    with pytest.raises(SystemExit, match=r"train_llm\.py` first, or set --tokenizer to") as stopped:
+        sft_data.main()
+    assert str(stopped.value).startswith("error: No finished pretrain run under checkpoints")

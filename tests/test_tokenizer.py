@@ -275,7 +275,9 @@ def test_byte_lengths_count_the_bytes_of_added_words_and_nothing_for_special_one
 
 
 def test_too_small_a_vocabulary_is_refused_and_the_smallest_works():
-    with pytest.raises(ValueError, match="vocab_size=259 must be at least 260"):
+    with pytest.raises(
+        ValueError, match="vocab_size=259 must be at least 260: all bytes and the specials"
+    ):
         train_tokenizer(["text"], vocab_size=259)
     assert_comes_back(train_tokenizer(["text"], vocab_size=260), "text 天")
 
@@ -301,7 +303,7 @@ def test_the_report_counts_characters_bytes_and_tokens(tokenizer):
     assert lines[0].startswith(f"5 characters, 9 bytes, {tokens} tokens in ")
     assert f"{5 / tokens:.2f} characters/token" in lines[1]
     assert "1.00 characters/token   1.80 bytes/token   vocabulary 5 " in lines[2]
-    with pytest.raises(ValueError, match="no text"):
+    with pytest.raises(ValueError, match="No text to measure: every document is empty"):
         report(tokenizer, iter([]))
 
 
@@ -325,15 +327,23 @@ def test_the_command_trains_saves_and_compares_with_one_token_per_character(tmp_
     assert_comes_back(create_tokenizer(model_path=tmp_path / "out"), "the cat")
 
 
-@pytest.mark.parametrize("arguments", [["--output", "full"], ["--measure", "absent"]])
-def test_the_command_fails_in_one_line_and_overwrites_nothing(tmp_path, monkeypatch, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "full"], "error: full already holds a tokenizer: choose another --output"),
+        (["--measure", "absent"], "error: No tokenizer could be loaded from 'absent'"),
+    ],
+)
+def test_the_command_fails_in_one_line_and_overwrites_nothing(
+    tmp_path, monkeypatch, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "tokenizer.json").write_text("{}")
     monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--files", "corpus.jsonl", *arguments])
-    with pytest.raises(SystemExit, match=r"error: .+") as caught:
+    with pytest.raises(SystemExit, match=message) as caught:
         tokenizer_module.main()
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path / "full") == ["tokenizer.json"]

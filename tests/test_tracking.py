@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import wandb
 from test_training import tiny_model
 
 from checkpoint import Run
@@ -50,6 +51,26 @@ def test_wandb_is_offline_without_an_account_and_never_asks(tmp_path, monkeypatc
     tracker.log({"train/loss": 2.5}, 1)
     tracker.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [(OSError("no route\nto host"), "no route"), (TimeoutError(), "TimeoutError()")],
+)
+def test_an_unreachable_wandb_stops_no_run(tmp_path, monkeypatch, capsys, error, cause):
+    real = wandb.init
+
+    def unreachable(mode, **options):
+        if mode == "online":
+            raise error
+        return real(mode=mode, **options)
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", unreachable)
+    Tracker(Run(tmp_path), "project", {}).finish()
+    printed = capsys.readouterr().out
+    assert f"wandb cannot be reached ({cause}): logging offline." in printed
+    assert printed.endswith("; wandb: offline\n")
 
 
 def test_an_account_is_seen_in_the_environment_and_in_netrc(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from optimizers import (
 )
 from training import (
     StepSampler,
+    StopSignal,
     check_finite,
     checkpoint_blocks,
     choose_precision,
@@ -166,6 +168,20 @@ def test_fp16_on_a_cpu_says_so_and_takes_bf16_or_fp32(monkeypatch):
         assert f"using {name} here" in said[0]
     assert choose_precision("no", CPU).dtype is None
     assert choose_precision("bf16", CPU).dtype is torch.bfloat16
+
+
+def test_bf16_on_a_gpu_without_it_is_refused_with_what_to_set(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match='This GPU has no bf16: set mixed_precision to "fp16"'):
+        choose_precision("bf16", torch.device("cuda"))
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
