@@ -32,7 +32,6 @@ class Tracker:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))
         os.replace(temporary, self.path)
-        self.stream = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in finish
         self._start_wandb(run, project_name, config)
 
     def _start_wandb(self, run, project_name, config):
@@ -60,9 +59,13 @@ class Tracker:
 
     def log(self, metrics: dict, step: int):
         if self.is_main:
-            self.stream.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
-            self.stream.flush()
+            self._write({"step": step, **metrics})
             self.wandb.log(metrics, step=step)
+
+    def _write(self, line: dict):
+        """Opened anew for each line: a run that an error ends leaves no open file behind."""
+        with open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def log_samples(self, prompts: list[str], samples: list[str], step: int, say):
         """Generated texts: into metrics.jsonl, a wandb Table, and printed."""
@@ -71,15 +74,13 @@ class Tracker:
         import wandb
 
         rows = [list(row) for row in zip(prompts, samples, strict=True)]
-        self.stream.write(json.dumps({"step": step, "samples": rows}, ensure_ascii=False) + "\n")
-        self.stream.flush()
+        self._write({"step": step, "samples": rows})
         self.wandb.log({"samples": wandb.Table(columns=["prompt", "sample"], data=rows)}, step=step)
         for prompt, sample in rows:
             say(f"  {prompt.strip()} ⇒ {sample.strip()}".replace("\n", " "))
 
     def finish(self):
         if self.is_main:
-            self.stream.close()
             self.wandb.finish()
 
 
