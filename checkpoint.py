@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from files import atomic_folder
 from models import CustomLLM
 from tokenizer import END_OF_TEXT, IM_END, create_tokenizer
+from training import NumericalError
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
@@ -154,6 +155,11 @@ def save_checkpoint(run: Run, model, optimizers, precision, state: dict, config:
     target = run.folder / f"step_{state['step']:08d}"
     if target.exists():
         return target
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise NumericalError(
+            f"Stopped at step {state['step']}: its weights are not finite and were not saved; the "
+            f"last good checkpoint is {run.checkpoint}."
+        )
     with atomic_folder(target) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tensors = {

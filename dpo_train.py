@@ -266,7 +266,7 @@ def train_dpo(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps) + reward_line(metrics))
             val_loss, collapsed = None, False

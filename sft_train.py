@@ -236,7 +236,7 @@ def train_sft(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps))
             val_loss = None
