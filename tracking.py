@@ -113,10 +113,10 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: a sample may hold a U+2028
         try:
             metrics.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # cut in the middle of the JSON, or of a character
             break
     return metrics
 
