@@ -1,5 +1,6 @@
 """What DPO computes: log-probabilities of answers, the loss, the reference's cached values."""
 
+import io
 import math
 from pathlib import Path
 
@@ -204,9 +205,10 @@ def add_reference_logps(
         scorer = AnswerScorer(model)
         with atomic_folder(folder) as temporary:
             for split, pairs in splits.items():
-                np.save(
-                    temporary / f"{split}.npy", reference_logps(scorer, pairs, collate, precision)
-                )
+                # Into memory first: np.save to a file ends without an error on a full disk.
+                buffer = io.BytesIO()
+                np.save(buffer, reference_logps(scorer, pairs, collate, precision))
+                (temporary / f"{split}.npy").write_bytes(buffer.getvalue())
     return DatasetDict(
         {
             split: pairs.add_column("reference_logps", list(np.load(folder / f"{split}.npy")))
