@@ -21,7 +21,7 @@ from safetensors.torch import load_model
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from files import atomic_folder
+from files import atomic_folder, write_whole
 from models import CustomLLM
 from tokenizer import END_OF_TEXT, IM_END, create_tokenizer
 from training import NumericalError
@@ -97,8 +97,8 @@ def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
     if run.final.exists():
         return run
     for stale in folder.glob("*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    (folder / "run.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    write_whole(folder / "run.json", json.dumps(config, indent=1, ensure_ascii=False))
     for checkpoint in reversed(list_checkpoints(folder)):
         if problem := find_damage(checkpoint):
             print(f"Skipping {checkpoint}: {problem}; taking the one before.", flush=True)
@@ -122,7 +122,9 @@ def _newest_unfinished(root: Path, config: dict) -> Path | None:
 
 def _check_may_take(folder: Path, config: dict):
     if not (folder / "run.json").exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A run killed at its very beginning has left its lock, and perhaps half a run.json.
+        ours = {".lock", "run.json.tmp"}
+        if folder.exists() and any(path.name not in ours for path in folder.iterdir()):
             raise CheckpointError(f"{folder} is not empty and not a run: choose another run_name.")
         return
     if not config["resume"]:
@@ -136,7 +138,7 @@ def _check_may_take(folder: Path, config: dict):
 
 def changed_keys(folder: Path, config: dict) -> list[str]:
     """'key: old -> new' for every key that must be equal for an exact resume."""
-    old = json.loads((folder / "run.json").read_text())
+    old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     keys = sorted((set(old) | set(config)) - FREE_KEYS)
     return [
         f"{k}: {old.get(k)!r} -> {config.get(k)!r}" for k in keys if old.get(k) != config.get(k)
