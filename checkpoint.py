@@ -99,14 +99,30 @@ def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
     for stale in folder.glob("*.tmp"):
         shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     write_whole(folder / "run.json", json.dumps(config, indent=1, ensure_ascii=False))
-    for checkpoint in reversed(list_checkpoints(folder)):
-        if problem := find_damage(checkpoint):
-            print(f"Skipping {checkpoint}: {problem}; taking the one before.", flush=True)
-            continue
-        run.checkpoint = checkpoint
-        run.state = json.loads((checkpoint / "state.json").read_text())
-        break
+    run.checkpoint = _newest_whole(folder)
+    if run.checkpoint:
+        run.state = json.loads((run.checkpoint / "state.json").read_text())
     return run
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint without damage; damaged ones are set aside under another name.
+
+    Left in place, they would count among the newest that are kept, and not be written again.
+    """
+    for checkpoint in reversed(list_checkpoints(folder)):
+        problem = find_damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        print(
+            f"Skipping {checkpoint}: {problem}; it is now {aside.name}. Taking the one before, or "
+            "starting anew where there is none.",
+            flush=True,
+        )
+    return None
 
 
 def _unused(folder: Path) -> Path:
