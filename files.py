@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pyarrow.parquet
 import xxhash
+from filelock import FileLock
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
@@ -286,6 +287,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
     os.replace(temporary, target)
     _sync_folder(target.parent)
+
+
+def cache_lock(cache: Path) -> FileLock:
+    """To be held while a folder of a cache is made: another run that wants it waits for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / ".lock")
 
 
 def write_whole(path: Path, text: str):
