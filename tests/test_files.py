@@ -10,12 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from safetensors.torch import save_file
 
 import files
 from files import (
-    DiskFullError,
     atomic_folder,
     content_hash,
     find_files,
@@ -24,7 +21,6 @@ from files import (
     iter_records,
     settings_hash,
     split_hash,
-    write_whole,
 )
 
 ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
@@ -321,45 +317,6 @@ def test_an_atomic_folder_is_absent_after_an_exception_inside(tmp_path, error):
     with pytest.raises(error):
         fail_inside()
     assert os.listdir(tmp_path) == []
-
-
-@pytest.fixture
-def full_disk():
-    """As on a full disk: no file of this process can grow beyond 2,000 bytes."""
-    resource = pytest.importorskip("resource")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-
-
-def write_tensor(folder: Path):
-    torch.save(torch.zeros(1000), folder / "a.pt")
-
-
-def write_safetensor(folder: Path):
-    save_file({"a": torch.zeros(1000)}, folder / "a.safetensors")
-
-
-def write_arrow(folder: Path):
-    batch = pa.record_batch({"a": list(range(1000))})
-    with pa.ipc.new_stream(str(folder / "a.arrow"), batch.schema) as stream:
-        stream.write_batch(batch)
-
-
-@pytest.mark.parametrize("write", [write_tensor, write_safetensor, write_arrow])
-def test_a_full_disk_is_one_error_of_one_kind_and_leaves_nothing(tmp_path, full_disk, write):
-    too_large = pytest.raises(DiskFullError, match=r"written: File too large .*Free some space")
-    with too_large as caught, atomic_folder(tmp_path / "target") as temporary:
-        write(temporary)
-    assert str(tmp_path / "target") in str(caught.value)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_file_is_whole_or_as_before(tmp_path, full_disk):
-    write_whole(tmp_path / "a", "旧")
-    with pytest.raises(DiskFullError, match="could not be written"):
-        write_whole(tmp_path / "a", "新" * 5000)
-    assert (tmp_path / "a").read_text(encoding="utf-8") == "旧"
 
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):
