@@ -124,7 +124,7 @@ def train_sft(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
