@@ -1,8 +1,8 @@
-"""Pre-training: text in, a base model out.
+"""Direct preference optimization: pairs of answers in, a model that prefers the chosen out.
 
-python train_llm.py                                      the bundled sample, settings below
-python train_llm.py --dataset my_corpus/ --batch_size 16 any key, for this run
-torchrun --nproc_per_node 2 train_llm.py                 several GPUs
+python dpo_train.py                                      the bundled sample, settings below
+python dpo_train.py --dataset my_pairs.jsonl             any key, for this run
+torchrun --nproc_per_node 2 dpo_train.py                 several GPUs
 """
 
 from itertools import islice
@@ -137,7 +137,7 @@ def train_dpo(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
@@ -266,7 +266,7 @@ def train_dpo(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps) + reward_line(metrics))
             val_loss, collapsed = None, False
@@ -274,7 +274,7 @@ def train_dpo(
                 if due["eval"]:
                     metrics = validate_pairs(scorer, validation, precision, accelerator, config)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint)
+                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                     drop = start_logp - metrics["val/logps/chosen_per_token"]

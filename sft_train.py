@@ -1,8 +1,8 @@
-"""Pre-training: text in, a base model out.
+"""Supervised fine-tuning: conversations in, a chat model out.
 
-python train_llm.py                                      the bundled sample, settings below
-python train_llm.py --dataset my_corpus/ --batch_size 16 any key, for this run
-torchrun --nproc_per_node 2 train_llm.py                 several GPUs
+python sft_train.py                                      the bundled sample, settings below
+python sft_train.py --dataset my_chats.jsonl             any key, for this run
+torchrun --nproc_per_node 2 sft_train.py                 several GPUs
 """
 
 from itertools import islice
@@ -124,7 +124,7 @@ def train_sft(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
@@ -236,7 +236,7 @@ def train_sft(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps))
             val_loss = None
@@ -244,7 +244,7 @@ def train_sft(
                 if due["eval"]:
                     metrics = validate(model, validation, validation_bytes, precision, accelerator)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint)
+                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                 if due["sample"] and is_main:

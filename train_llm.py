@@ -123,7 +123,7 @@ def train(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
@@ -228,7 +228,7 @@ def train(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps))
             val_loss = None
@@ -236,7 +236,7 @@ def train(
                 if due["eval"]:
                     metrics = validate(model, validation, validation_bytes, precision, accelerator)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint)
+                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                 if due["sample"] and is_main:
