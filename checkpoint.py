@@ -7,6 +7,7 @@ checkpoints/<stage>/<run>/final/              a plain Hugging Face folder
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -29,6 +30,8 @@ from training import NumericalError
 # Keys that may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
 FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing"}
+# These may differ as long as their product, the rows of a step, is the same.
+STEP_KEYS = ("batch_size", "gradient_accumulation_steps", "num_processes")
 
 
 _LOCKS: dict[Path, FileLock] = {}
@@ -61,6 +64,7 @@ def open_run(stage: str, run_name: str | None, config: dict, accelerator) -> Run
     Raises:
         CheckpointError: it is finished, of another configuration, in use or not writable.
     """
+    config = config | {"num_processes": accelerator.num_processes}
     opened = [_open_run(stage, run_name, config) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         lock = opened[0].lock if opened[0] else None
@@ -156,10 +160,14 @@ def _check_may_take(folder: Path, config: dict):
 def changed_keys(folder: Path, config: dict) -> list[str]:
     """'key: old -> new' for every key that must be equal for an exact resume."""
     old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    keys = sorted((set(old) | set(config)) - FREE_KEYS)
-    return [
+    keys = sorted((set(old) | set(config)) - FREE_KEYS - set(STEP_KEYS))
+    changed = [
         f"{k}: {old.get(k)!r} -> {config.get(k)!r}" for k in keys if old.get(k) != config.get(k)
     ]
+    rows = [math.prod(settings.get(key, 1) for key in STEP_KEYS) for settings in (old, config)]
+    if rows[0] != rows[1]:
+        changed.append(f"{' * '.join(STEP_KEYS)}: {rows[0]} -> {rows[1]}")
+    return changed
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -222,10 +230,9 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def load_checkpoint(checkpoint: Path, model, optimizers, precision):
     """Put a checkpoint's tensors into a model (fp32), its optimizers and the scaler."""
-    load_model(model, checkpoint / "model.safetensors", device=str(precision.device))
-    tensors = torch.load(
-        checkpoint / "optimizer.pt", map_location=precision.device, weights_only=True
-    )
+    load_model(model, checkpoint / "model.safetensors")
+    # To the CPU: load_state_dict moves each state to where its parameter is.
+    tensors = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     for optimizer, state in zip(optimizers, tensors["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     precision.scaler.load_state_dict(tensors["scaler"])

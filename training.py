@@ -133,8 +133,9 @@ def checkpoint_blocks(model, level):
 class StepSampler:
     """Which rows form each micro-batch: a function of (seed, epoch, position), nothing else.
 
-    An epoch's last step takes what is left. All ranks get equally many micro-batches per step; one
-    may be empty. As a DataLoader's batch_sampler it yields this rank's micro-batches, in order.
+    An epoch's last step takes what is left, in micro-batches of even size. All ranks get equally
+    many of them; one may be empty. As a DataLoader's batch_sampler it yields this rank's
+    micro-batches, in order.
     """
 
     def __init__(self, rows: int, config: dict, rank: int = 0, world: int = 1, start_step: int = 0):
@@ -168,12 +169,8 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.total_steps):
-            rows = self.step_rows(step)
-            count = self.micro_batches(step) * self.world
-            even = np.array_split(rows, count)
-            pieces = [rows[i * self.batch_size :][: self.batch_size] for i in range(count)]
-            # Full micro-batches on one process; on several, an even share of the last step.
-            for piece in (pieces if self.world == 1 else even)[self.rank :: self.world]:
+            pieces = np.array_split(self.step_rows(step), self.micro_batches(step) * self.world)
+            for piece in pieces[self.rank :: self.world]:
                 yield piece.tolist()
 
     def __len__(self) -> int:
