@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from files import atomic_folder, write_whole
 from models import CustomLLM
+from run_config import AUTO_ROWS
 from tokenizer import END_OF_TEXT, IM_END, create_tokenizer
 from training import NumericalError
 
@@ -164,10 +165,15 @@ def changed_keys(folder: Path, config: dict) -> list[str]:
     changed = [
         f"{k}: {old.get(k)!r} -> {config.get(k)!r}" for k in keys if old.get(k) != config.get(k)
     ]
-    rows = [math.prod(settings.get(key, 1) for key in STEP_KEYS) for settings in (old, config)]
+    rows = [rows_per_step(settings) for settings in (old, config)]
     if rows[0] != rows[1]:
         changed.append(f"{' * '.join(STEP_KEYS)}: {rows[0]} -> {rows[1]}")
     return changed
+
+
+def rows_per_step(config: dict) -> int:
+    values = [config.get(key, 1) for key in STEP_KEYS]
+    return math.prod(AUTO_ROWS if value == "auto" else value for value in values)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -26,6 +26,7 @@ from optimizers import (
     optimizer_step,
     set_learning_rate,
 )
+from out_of_memory import explain_out_of_memory, fit_batch_size
 from packing import data_fingerprint
 from preference import (
     AnswerScorer,
@@ -86,7 +87,7 @@ wandb_config = {
     "dataset": "data/dpo_sample.jsonl",  # file, folder or glob
     "num_workers": 2,  # processes that collate pairs ahead
     # optimization
-    "batch_size": 8,  # pairs of one forward pass
+    "batch_size": 8,  # pairs of one forward pass; "auto": of 32, as many as fit
     "gradient_accumulation_steps": 2,  # forward passes of one optimizer step
     "learning_rate": 2e-5,  # peak; a larger model wants 5e-7 to 5e-6
     "num_epochs": 2,
@@ -192,6 +193,7 @@ def train_dpo(
     model.train()
     checkpoint_blocks(model, config["gradient_checkpointing"])
     optimizers = build_optimizers(model, config)
+    config = fit_batch_size("dpo_train.py", config, model, optimizers, precision, accelerator, say)
 
     # 5. Resume
     step, tokens_seen, start_logp, warned = 0, 0, None, False
@@ -228,7 +230,11 @@ def train_dpo(
     meter = Meter(model, sampler, tokens_seen, device)
 
     # 8. Loop
-    with StopSignal() as stop, progress_bar(sampler, is_main) as bar:
+    with (
+        explain_out_of_memory("dpo_train.py", config, model),
+        StopSignal() as stop,
+        progress_bar(sampler, is_main) as bar,
+    ):
         while step < sampler.total_steps:
             # All micro-batches of the step first: each loss is divided by all their pairs.
             micro_batches = list(islice(batches, sampler.micro_batches(step)))
