@@ -72,6 +72,11 @@ def make_accelerator() -> Accelerator:
     if on_cpu:
         keep_freed_memory()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
+    if accelerator.distributed_type.startswith(("FSDP", "DEEPSPEED", "MEGATRON")):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; these scripts "
+            "hold the whole model on every GPU. Start them with torchrun, not accelerate launch."
+        )
     transformers.utils.logging.disable_progress_bar()
     return accelerator
 
