@@ -188,8 +188,10 @@ def test_a_loss_not_finite_names_its_rows(tmp_path, base_model, monkeypatch):
     assert re.search(r"step 7: the loss is nan .* Training rows of step 7: \d+, \d+", message)
 
 
-def test_weights_not_finite_are_never_saved(tmp_path, base_model, monkeypatch):
+@pytest.mark.parametrize("eval_every", [0, 4])
+def test_weights_not_finite_are_never_saved(tmp_path, base_model, monkeypatch, eval_every):
     ruin(monkeypatch, train_llm, 8, "weight", float("nan"))
-    message, checkpoints = stopped(tmp_path, "pretrain", base_model)
-    assert re.search("step 8: its weights are not finite .*step_00000004", message)
+    message, checkpoints = stopped(tmp_path, "pretrain", base_model, eval_every=eval_every)
+    found = "the loss is nan" if eval_every else "its weights are not finite"  # validation's loss
+    assert re.search(f"step 8: {found} .*step_00000004", message)
     assert checkpoints == ["step_00000004"]
