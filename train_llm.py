@@ -82,7 +82,7 @@ wandb_config = {
     # optimization
     "batch_size": 32,  # rows of one forward pass; "auto": of 32, as many as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
-    "learning_rate": 5e-4,  # peak
+    "learning_rate": 4e-3,  # peak; a model of hundreds of millions wants less
     "num_epochs": 3,
     "max_steps": 0,  # stop earlier; 0: all epochs
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
