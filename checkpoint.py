@@ -7,6 +7,7 @@ checkpoints/<stage>/<run>/final/              a plain Hugging Face folder
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,13 +22,17 @@ from safetensors.torch import load_model
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from files import atomic_folder
+from files import atomic_folder, write_whole
 from models import CustomLLM
+from run_config import AUTO_ROWS
 from tokenizer import END_OF_TEXT, IM_END, create_tokenizer
+from training import NumericalError
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
 FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing"}
+# These may differ as long as their product, the rows of a step, is the same.
+STEP_KEYS = ("batch_size", "gradient_accumulation_steps", "num_processes")
 
 
 _LOCKS: dict[Path, FileLock] = {}
@@ -60,6 +65,7 @@ def open_run(stage: str, run_name: str | None, config: dict, accelerator) -> Run
     Raises:
         CheckpointError: it is finished, of another configuration, in use or not writable.
     """
+    config = config | {"num_processes": accelerator.num_processes}
     opened = [_open_run(stage, run_name, config) if accelerator.is_main_process else None]
     if accelerator.num_processes > 1:
         lock = opened[0].lock if opened[0] else None
@@ -97,16 +103,32 @@ def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
     if run.final.exists():
         return run
     for stale in folder.glob("*.tmp"):
-        shutil.rmtree(stale, ignore_errors=True)
-    (folder / "run.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
-    for checkpoint in reversed(list_checkpoints(folder)):
-        if problem := find_damage(checkpoint):
-            print(f"Skipping {checkpoint}: {problem}; taking the one before.", flush=True)
-            continue
-        run.checkpoint = checkpoint
-        run.state = json.loads((checkpoint / "state.json").read_text())
-        break
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    write_whole(folder / "run.json", json.dumps(config, indent=1, ensure_ascii=False))
+    run.checkpoint = _newest_whole(folder)
+    if run.checkpoint:
+        run.state = json.loads((run.checkpoint / "state.json").read_text())
     return run
+
+
+def _newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint without damage; damaged ones are set aside under another name.
+
+    Left in place, they would count among the newest that are kept, and not be written again.
+    """
+    for checkpoint in reversed(list_checkpoints(folder)):
+        problem = find_damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        aside = checkpoint.with_name(f"damaged_{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(checkpoint, aside)
+        print(
+            f"Skipping {checkpoint}: {problem}; it is now {aside.name}. Taking the one before, or "
+            "starting anew where there is none.",
+            flush=True,
+        )
+    return None
 
 
 def _unused(folder: Path) -> Path:
@@ -122,7 +144,9 @@ def _newest_unfinished(root: Path, config: dict) -> Path | None:
 
 def _check_may_take(folder: Path, config: dict):
     if not (folder / "run.json").exists():
-        if folder.exists() and any(folder.iterdir()):
+        # A run killed at its very beginning has left its lock, and perhaps half a run.json.
+        ours = {".lock", "run.json.tmp"}
+        if folder.exists() and any(path.name not in ours for path in folder.iterdir()):
             raise CheckpointError(f"{folder} is not empty and not a run: choose another run_name.")
         return
     if not config["resume"]:
@@ -136,11 +160,20 @@ def _check_may_take(folder: Path, config: dict):
 
 def changed_keys(folder: Path, config: dict) -> list[str]:
     """'key: old -> new' for every key that must be equal for an exact resume."""
-    old = json.loads((folder / "run.json").read_text())
-    keys = sorted((set(old) | set(config)) - FREE_KEYS)
-    return [
+    old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    keys = sorted((set(old) | set(config)) - FREE_KEYS - set(STEP_KEYS))
+    changed = [
         f"{k}: {old.get(k)!r} -> {config.get(k)!r}" for k in keys if old.get(k) != config.get(k)
     ]
+    rows = [rows_per_step(settings) for settings in (old, config)]
+    if rows[0] != rows[1]:
+        changed.append(f"{' * '.join(STEP_KEYS)}: {rows[0]} -> {rows[1]}")
+    return changed
+
+
+def rows_per_step(config: dict) -> int:
+    values = [config.get(key, 1) for key in STEP_KEYS]
+    return math.prod(AUTO_ROWS if value == "auto" else value for value in values)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -155,6 +188,11 @@ def save_checkpoint(run: Run, model, optimizers, precision, state: dict, config:
     target = run.folder / f"step_{state['step']:08d}"
     if target.exists():
         return target
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise NumericalError(
+            f"Stopped at step {state['step']}: its weights are not finite and were not saved; the "
+            f"last good checkpoint is {run.checkpoint}."
+        )
     with atomic_folder(target) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tensors = {
@@ -198,10 +236,9 @@ def find_damage(checkpoint: Path) -> str | None:
 
 def load_checkpoint(checkpoint: Path, model, optimizers, precision):
     """Put a checkpoint's tensors into a model (fp32), its optimizers and the scaler."""
-    load_model(model, checkpoint / "model.safetensors", device=str(precision.device))
-    tensors = torch.load(
-        checkpoint / "optimizer.pt", map_location=precision.device, weights_only=True
-    )
+    load_model(model, checkpoint / "model.safetensors")
+    # To the CPU: load_state_dict moves each state to where its parameter is.
+    tensors = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
     for optimizer, state in zip(optimizers, tensors["optimizers"], strict=True):
         optimizer.load_state_dict(state)
     precision.scaler.load_state_dict(tensors["scaler"])

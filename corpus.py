@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import xxhash
 from datasets import Dataset, load_dataset
 
@@ -17,7 +18,7 @@ def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iter
     Memory grows by one 8-byte hash per document, to know duplicates.
     """
     counts = Counter() if counts is None else counts
-    seen: set[int] = set()
+    seen = SeenHashes()
     for text in _iter_texts(dataset):
         counts["documents read"] += 1
         if not isinstance(text, str):
@@ -26,11 +27,32 @@ def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iter
             counts["dropped: empty"] += 1
         elif not _is_unicode(text):
             counts["dropped: lone surrogates"] += 1
-        elif (digest := xxhash.xxh3_64_intdigest(text.encode())) in seen:
+        elif not seen.add(xxhash.xxh3_64_intdigest(text.encode())):
             counts["dropped: duplicate"] += 1
         else:
-            seen.add(digest)
             yield text
+
+
+class SeenHashes:
+    """64-bit hashes, 8 bytes each: the newest in a set, the others in one sorted array."""
+
+    def __init__(self, newest: int = 2**16):
+        self.limit, self.newest = newest, set()
+        self.sorted = np.empty(0, np.uint64)
+
+    def add(self, digest: int) -> bool:
+        """Whether it is new."""
+        place = np.searchsorted(self.sorted, np.uint64(digest))
+        is_old = place < len(self.sorted) and self.sorted[place] == digest
+        if is_old or digest in self.newest:
+            return False
+        self.newest.add(digest)
+        # In proportion, so that merging costs a large corpus no more per document.
+        if len(self.newest) >= max(self.limit, len(self.sorted) // 8):
+            newest = np.fromiter(self.newest, np.uint64, len(self.newest))
+            self.sorted = np.union1d(self.sorted, newest)
+            self.newest.clear()
+        return True
 
 
 def _iter_texts(dataset: str) -> Iterator[object]:

@@ -1,8 +1,8 @@
-"""Pre-training: text in, a base model out.
+"""Direct preference optimization: pairs of answers in, a model that prefers the chosen out.
 
-python train_llm.py                                      the bundled sample, settings below
-python train_llm.py --dataset my_corpus/ --batch_size 16 any key, for this run
-torchrun --nproc_per_node 2 train_llm.py                 several GPUs
+python dpo_train.py                                      the bundled sample, settings below
+python dpo_train.py --dataset my_pairs.jsonl             any key, for this run
+torchrun --nproc_per_node 2 dpo_train.py                 several GPUs
 """
 
 from itertools import islice
@@ -26,6 +26,7 @@ from optimizers import (
     optimizer_step,
     set_learning_rate,
 )
+from out_of_memory import explain_out_of_memory, fit_batch_size
 from packing import data_fingerprint
 from preference import (
     AnswerScorer,
@@ -86,7 +87,7 @@ wandb_config = {
     "dataset": "data/dpo_sample.jsonl",  # file, folder or glob
     "num_workers": 2,  # processes that collate pairs ahead
     # optimization
-    "batch_size": 8,  # pairs of one forward pass
+    "batch_size": 8,  # pairs of one forward pass; "auto": of 32, as many as fit
     "gradient_accumulation_steps": 2,  # forward passes of one optimizer step
     "learning_rate": 2e-5,  # peak; a larger model wants 5e-7 to 5e-6
     "num_epochs": 2,
@@ -137,7 +138,7 @@ def train_dpo(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
@@ -192,6 +193,7 @@ def train_dpo(
     model.train()
     checkpoint_blocks(model, config["gradient_checkpointing"])
     optimizers = build_optimizers(model, config)
+    config = fit_batch_size("dpo_train.py", config, model, optimizers, precision, accelerator, say)
 
     # 5. Resume
     step, tokens_seen, start_logp, warned = 0, 0, None, False
@@ -228,7 +230,11 @@ def train_dpo(
     meter = Meter(model, sampler, tokens_seen, device)
 
     # 8. Loop
-    with StopSignal() as stop, progress_bar(sampler, is_main) as bar:
+    with (
+        explain_out_of_memory("dpo_train.py", config, model),
+        StopSignal() as stop,
+        progress_bar(sampler, is_main) as bar,
+    ):
         while step < sampler.total_steps:
             # All micro-batches of the step first: each loss is divided by all their pairs.
             micro_batches = list(islice(batches, sampler.micro_batches(step)))
@@ -266,7 +272,7 @@ def train_dpo(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps) + reward_line(metrics))
             val_loss, collapsed = None, False
@@ -274,7 +280,7 @@ def train_dpo(
                 if due["eval"]:
                     metrics = validate_pairs(scorer, validation, precision, accelerator, config)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint)
+                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                     drop = start_logp - metrics["val/logps/chosen_per_token"]

@@ -2,6 +2,7 @@
 
 import bz2
 import contextlib
+import errno
 import glob
 import gzip
 import importlib
@@ -10,15 +11,18 @@ import lzma
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet
 import xxhash
+from filelock import FileLock
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
 SCRIPTS = {"dpo": "dpo_train.py", "sft": "sft_train.py", "pretrain": "train_llm.py"}
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEXT_BLOCK = 1_000_000  # characters after which a .txt without blank lines is cut at a line end
 
 
@@ -275,16 +279,67 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        yield temporary
+        with explain_full_disk(target):
+            yield temporary
+            for path in [p for p in temporary.rglob("*") if p.is_file()]:
+                with open(path, "rb+") as stream:
+                    os.fsync(stream.fileno())
+            _sync_folder(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for path in [p for p in temporary.rglob("*") if p.is_file()]:
-        with open(path, "rb+") as stream:
-            os.fsync(stream.fileno())
-    _sync_folder(temporary)
     os.replace(temporary, target)
     _sync_folder(target.parent)
+
+
+def cache_lock(cache: Path) -> FileLock:
+    """To be held while a folder of a cache is made: another run that wants it waits for it."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / ".lock")
+
+
+def write_whole(path: Path, text: str):
+    """Write a file that, whatever happens, is as before or as wanted."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain_full_disk(path), open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+class DiskFullError(OSError):
+    """Something could not be written; the message says what and what to do."""
+
+
+@contextlib.contextmanager
+def explain_full_disk(target: Path) -> Iterator[None]:
+    """Make one clear error of what a full disk raises while `target` is written.
+
+    torch, safetensors and tokenizers raise errors of their own that do not tell the cause; then
+    the disk is asked.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        number = number if number in DISK_FULL else _full_disk_errno(target.parent)
+        if number is None:
+            raise
+        raise DiskFullError(
+            f"{target} could not be written: {os.strerror(number)} "
+            f"({shutil.disk_usage(target.parent).free / 2**20:,.0f} MiB free there). Free some "
+            "space and run the same command again: it goes on from what was saved before."
+        ) from error
+
+
+def _full_disk_errno(folder: Path) -> int | None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(2**20))
+    except OSError as error:
+        return error.errno if error.errno in DISK_FULL else None
+    return None
 
 
 def _sync_folder(folder: Path):

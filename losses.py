@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
-# Elements of one chunk of logits: on a CPU what its cache holds, on a GPU 256 MB of fp32.
-LOGITS_BUDGET = {"cpu": 2**22, "cuda": 2**26}
+# Elements of one chunk of logits: on a CPU what its cache holds, on a GPU 128 MB of fp32.
+LOGITS_BUDGET = {"cpu": 2**22, "cuda": 2**25}
 # Where positions without a target are left out first: free on a CPU, but a GPU would have to wait
 # until their number is known.
 SKIPS_IGNORED = {"cpu"}

@@ -60,12 +60,15 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float) -> torch.Tensor:
     """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device.
 
-    After an fp16 overflow the scaler skips the step and halves its scale.
+    After an fp16 overflow the scaler skips the step and halves its scale. Without a scaler the
+    weights take whatever comes: check_finite stops the run.
     """
     for optimizer in optimizers:
         precision.scaler.unscale_(optimizer)
     limit = max_grad_norm or float("inf")
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if not precision.scaler.is_enabled():
+        precision.grad_norms.append(grad_norm)
     if len(optimizers) == 1:
         precision.scaler.step(optimizers[0])
     # The scaler skips per optimizer: of two, one must not step while the other overflows.

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import PreTrainedTokenizerBase
 
-from files import atomic_folder, content_hash, find_files, settings_hash
+from files import atomic_folder, cache_lock, content_hash, find_files, settings_hash
 from losses import IGNORE_INDEX
 from tokenizer import token_byte_lengths, tokenizer_identity
 
@@ -135,10 +135,11 @@ def cached_splits(
         [max_length, validation_ratio, CACHE_VERSION],
     )
     folder = Path(cache_dir) / f"{stage}-{name}"
-    if not (folder / "statistics.json").exists():
-        print(f"Tokenizing {path} …", flush=True)
-        with atomic_folder(folder) as temporary:
-            write(temporary, path, tokenizer, max_length, validation_ratio)
+    with cache_lock(Path(cache_dir)):
+        if not (folder / "statistics.json").exists():
+            print(f"Tokenizing {path} …", flush=True)
+            with atomic_folder(folder) as temporary:
+                write(temporary, path, tokenizer, max_length, validation_ratio)
     rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
     return rows, json.loads((folder / "statistics.json").read_text())
 

@@ -15,7 +15,6 @@ import warnings
 import weakref
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -26,12 +25,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 import losses
 import train_llm
 from corpus import iter_documents
-from dpo_data import PairCollator
 from files import find_files, find_final, is_local, iter_records
 from models import CustomLLM, CustomLLMConfig
 from optimizers import build_optimizers, optimizer_step
+from out_of_memory import full_batch
 from preference import AnswerScorer, batch_losses
-from run_config import parse_arguments, resolve_config
+from run_config import AUTO_ROWS, parse_arguments, resolve_config
 from tracking import PEAK_FLOPS, active_parameters, flops_per_token
 from training import checkpoint_blocks, make_precision
 
@@ -60,18 +59,6 @@ def losses_as_on_a_gpu():
     finally:
         losses.LOGITS_BUDGET["cpu"] = budget
         losses.SKIPS_IGNORED.update(skips)
-
-
-def full_batch(script: str, length: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """The largest batch there can be: every row full (DPO: a quarter of each pair is question)."""
-    if script != "dpo_train.py":
-        ids = torch.ones(batch_size, length, dtype=torch.long)
-        names = ("input_ids", "position_ids", "labels", "attention_mask")
-        return {name: ids.clone() for name in names}
-    question = length // 4
-    pair = {"prompt_ids": np.ones(question), "reference_logps": np.zeros(2, np.float32)}
-    pair |= {f"{name}_ids": np.ones(length - question) for name in ("chosen", "rejected")}
-    return PairCollator(0)([pair | {"chosen_bytes": np.int64(1)}] * batch_size)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -182,9 +169,15 @@ def on_card(tensor_bytes: float) -> float:
     return tensor_bytes / 2**30 * (1 + FRAGMENTATION) + CONTEXT_GIB
 
 
-def largest_batch(memory: StepMemory, level) -> int:
+def largest_batches(script: str, config: dict, model_config, card_gib: float) -> dict:
+    """The largest micro-batch by checkpointing level, estimated."""
+    memory = StepMemory(script, config, model_config)
+    return {level: largest_batch(memory, level, card_gib) for level in LEVELS}
+
+
+def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
     """The largest micro-batch that fits: beyond the first few rows memory grows in proportion."""
-    room = (CARD_GIB - CONTEXT_GIB) / (1 + FRAGMENTATION) * 2**30
+    room = (card_gib - CONTEXT_GIB) / (1 + FRAGMENTATION) * 2**30
     peaks: dict[int, float] = {}
 
     def fits(size: int) -> bool:
@@ -211,6 +204,8 @@ def read_config(script: str, arguments: list[str]) -> tuple[dict, CustomLLMConfi
     """(configuration, model's configuration, where that came from)."""
     module = importlib.import_module(Path(script).stem)
     config = resolve_config(module.DEFAULTS, parse_arguments(arguments, module.DEFAULTS))
+    if config["batch_size"] == "auto":
+        config["batch_size"] = AUTO_ROWS
     if script == "train_llm.py" and not config["init_from"]:
         return config, train_llm.make_model_config(config, config["vocab_size"]), "wandb_config"
     before = "pretrain" if script == "sft_train.py" else "sft"
@@ -294,7 +289,7 @@ def describe_memory(memory: StepMemory, config: dict) -> list[str]:
         f"{needed:.2f} GiB; {verdict} {CARD_GIB:.0f} GiB (estimated)",
     ]
     for name in LEVELS:
-        size = largest_batch(memory, name)
+        size = largest_batch(memory, name, CARD_GIB)
         lines.append(f"Largest batch_size with gradient_checkpointing {name!r}: {size} (estimated)")
     return lines
 

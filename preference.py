@@ -1,5 +1,6 @@
 """What DPO computes: log-probabilities of answers, the loss, the reference's cached values."""
 
+import io
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from checkpoint import load_model_folder
 from dpo_data import shared_question_mask
-from files import atomic_folder, content_hash, settings_hash
+from files import atomic_folder, cache_lock, content_hash, settings_hash
 from losses import token_log_probs
 from packing import data_fingerprint
 from training import to_device
@@ -198,15 +199,17 @@ def add_reference_logps(
     weights = content_hash(sorted(Path(path).glob("*.safetensors")))
     name = settings_hash(weights, data_fingerprint(splits["train"]), str(precision.dtype))
     folder = Path(cache_dir) / f"reference-{name}"
-    if not folder.exists():
-        say(f"Computing the reference's log-probabilities with {path} …")
-        model = load_model_folder(path, tokenizer, 0.0, 0, say).to(precision.device).eval()
-        scorer = AnswerScorer(model)
-        with atomic_folder(folder) as temporary:
-            for split, pairs in splits.items():
-                np.save(
-                    temporary / f"{split}.npy", reference_logps(scorer, pairs, collate, precision)
-                )
+    with cache_lock(Path(cache_dir)):
+        if not folder.exists():
+            say(f"Computing the reference's log-probabilities with {path} …")
+            model = load_model_folder(path, tokenizer, 0.0, 0, say).to(precision.device).eval()
+            scorer = AnswerScorer(model)
+            with atomic_folder(folder) as temporary:
+                for split, pairs in splits.items():
+                    # Into memory first: np.save to a file ends without an error on a full disk.
+                    buffer = io.BytesIO()
+                    np.save(buffer, reference_logps(scorer, pairs, collate, precision))
+                    (temporary / f"{split}.npy").write_bytes(buffer.getvalue())
     return DatasetDict(
         {
             split: pairs.add_column("reference_logps", list(np.load(folder / f"{split}.npy")))

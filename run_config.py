@@ -18,6 +18,8 @@ AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epo
     "gradient_accumulation_steps", "keep_checkpoints", "max_seq_len", "max_length", "n_kv_heads",
     "moe_d_ff",
 }  # fmt: skip
+# batch_size "auto": so many rows, times gradient_accumulation_steps, are a step.
+AUTO_ROWS = 32
 # Far beyond any sensible value, and below what overflows or exhausts the machine further down.
 LARGEST = 2**31 - 1
 AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio"), 1)
@@ -82,6 +84,8 @@ def find_problem(key: str, value, default) -> str | None:
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             return f"{key}={shown(value)} must be one of {', '.join(map(repr, allowed))}"
         return None
+    if key == "batch_size" and value == "auto":
+        return None
     if key in OPTIONAL:
         if value is None:
             return None
@@ -140,7 +144,7 @@ def run_from_command_line(stage_function, defaults: dict):
         overrides = parse_arguments(arguments, defaults | dict.fromkeys(own, ""))
         passed = {name: overrides.pop(name) for name in own & overrides.keys()}
         stage_function(wandb_config=overrides, **passed)
-    except (ValueError, ArithmeticError, OSError) as error:
+    except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:  # before or after the loop, which saves first
         raise SystemExit(

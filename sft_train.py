@@ -1,8 +1,8 @@
-"""Pre-training: text in, a base model out.
+"""Supervised fine-tuning: conversations in, a chat model out.
 
-python train_llm.py                                      the bundled sample, settings below
-python train_llm.py --dataset my_corpus/ --batch_size 16 any key, for this run
-torchrun --nproc_per_node 2 train_llm.py                 several GPUs
+python sft_train.py                                      the bundled sample, settings below
+python sft_train.py --dataset my_chats.jsonl             any key, for this run
+torchrun --nproc_per_node 2 sft_train.py                 several GPUs
 """
 
 from itertools import islice
@@ -29,6 +29,7 @@ from optimizers import (
     optimizer_step,
     set_learning_rate,
 )
+from out_of_memory import explain_out_of_memory, fit_batch_size
 from packing import data_fingerprint, target_bytes
 from run_config import resolve_config, run_from_command_line
 from sft_data import prepare_sft_data
@@ -75,7 +76,7 @@ wandb_config = {
     "pretrain_dataset": "data/pretrain_sample.jsonl",
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
-    "batch_size": 16,  # rows of one forward pass
+    "batch_size": 16,  # rows of one forward pass; "auto": of 32, as many as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
     "learning_rate": 5e-4,  # peak; a larger pre-trained model wants 1e-5 to 1e-4
     "num_epochs": 3,
@@ -124,7 +125,7 @@ def train_sft(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
@@ -168,6 +169,7 @@ def train_sft(
     model.to(device).train()
     checkpoint_blocks(model, config["gradient_checkpointing"])
     optimizers = build_optimizers(model, config)
+    config = fit_batch_size("sft_train.py", config, model, optimizers, precision, accelerator, say)
 
     # 5. Resume
     step, tokens_seen = 0, 0
@@ -198,7 +200,11 @@ def train_sft(
     meter = Meter(model, sampler, tokens_seen, device)
 
     # 8. Loop
-    with StopSignal() as stop, progress_bar(sampler, is_main) as bar:
+    with (
+        explain_out_of_memory("sft_train.py", config, model),
+        StopSignal() as stop,
+        progress_bar(sampler, is_main) as bar,
+    ):
         while step < sampler.total_steps:
             # All micro-batches of the step first: each loss is divided by all their targets.
             micro_batches = list(islice(batches, sampler.micro_batches(step)))
@@ -236,7 +242,7 @@ def train_sft(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps))
             val_loss = None
@@ -244,7 +250,7 @@ def train_sft(
                 if due["eval"]:
                     metrics = validate(model, validation, validation_bytes, precision, accelerator)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint)
+                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                 if due["sample"] and is_main:

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from files import explain_full_disk, write_whole
+
 # Dense peak of matrix products with fp32 accumulation, FLOP/s: what PyTorch can reach at most.
 PEAK_FLOPS = {"3090": 71e12, "4090": 165e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
@@ -29,9 +31,7 @@ class Tracker:
             return
         step = run.state.get("step", -1)  # without a checkpoint even step 0 comes again
         kept = [m for m in read_metrics(self.path) if m["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))
-        os.replace(temporary, self.path)
+        write_whole(self.path, "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))
         self._start_wandb(run, project_name, config)
 
     def _start_wandb(self, run, project_name, config):
@@ -62,10 +62,10 @@ class Tracker:
             self._write({"step": step, **metrics})
             self.wandb.log(metrics, step=step)
 
-    def _write(self, line: dict):
+    def _write(self, record: dict):
         """Opened anew for each line: a run that an error ends leaves no open file behind."""
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with explain_full_disk(self.path), open(self.path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def log_samples(self, prompts: list[str], samples: list[str], step: int, say):
         """Generated texts: into metrics.jsonl, a wandb Table, and printed."""
@@ -115,10 +115,10 @@ def read_metrics(path: Path) -> list[dict]:
     if not path.exists():
         return []
     metrics = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):  # not splitlines: a sample may hold a U+2028
         try:
             metrics.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # cut in the middle of the JSON, or of a character
             break
     return metrics
 

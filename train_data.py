@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from corpus import SAMPLE, corpus_hash, iter_documents
 from files import (
     atomic_folder,
+    cache_lock,
     print_lines,
     settings_hash,
     split_hash,
@@ -73,14 +74,16 @@ def prepare_data(
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 8 tokens.")
     corpus = corpus_hash(dataset)
     cache = Path(cache_dir)
-    tokenizer = load_or_train_tokenizer(
-        tokenizer_path, dataset, corpus, vocab_size, validation_ratio, cache
-    )
+    with cache_lock(cache):
+        tokenizer = load_or_train_tokenizer(
+            tokenizer_path, dataset, corpus, vocab_size, validation_ratio, cache
+        )
     identity = settings_hash(tokenizer_identity(tokenizer), max_seq_len, validation_ratio)
     folder = cache / f"pretrain-{settings_hash(corpus, identity, CACHE_VERSION)}"
-    if not (folder / "statistics.json").exists():
-        with atomic_folder(folder) as temporary:
-            _write_rows(temporary, dataset, tokenizer, max_seq_len, validation_ratio)
+    with cache_lock(cache):
+        if not (folder / "statistics.json").exists():
+            with atomic_folder(folder) as temporary:
+                _write_rows(temporary, dataset, tokenizer, max_seq_len, validation_ratio)
     return _read_rows(folder, dataset), tokenizer
 
 

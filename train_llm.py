@@ -27,6 +27,7 @@ from optimizers import (
     optimizer_step,
     set_learning_rate,
 )
+from out_of_memory import explain_out_of_memory, fit_batch_size
 from packing import PackedCollator, data_fingerprint, target_bytes
 from run_config import resolve_config, run_from_command_line
 from tracking import (
@@ -79,9 +80,9 @@ wandb_config = {
     "vocab_size": 6400,  # of the tokenizer trained here
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
-    "batch_size": 32,  # rows of one forward pass
+    "batch_size": 32,  # rows of one forward pass; "auto": of 32, as many as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
-    "learning_rate": 5e-4,  # peak
+    "learning_rate": 4e-3,  # peak; a model of hundreds of millions wants less
     "num_epochs": 3,
     "max_steps": 0,  # stop earlier; 0: all epochs
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
@@ -123,7 +124,7 @@ def train(
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
-        NumericalError: the loss is not finite; names the last good checkpoint.
+        NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
     config = resolve_config(DEFAULTS, wandb_config)
@@ -163,6 +164,7 @@ def train(
     model.to(device).train()
     checkpoint_blocks(model, config["gradient_checkpointing"])
     optimizers = build_optimizers(model, config)
+    config = fit_batch_size("train_llm.py", config, model, optimizers, precision, accelerator, say)
 
     # 5. Resume
     step, tokens_seen = 0, 0
@@ -190,7 +192,11 @@ def train(
     meter = Meter(model, sampler, tokens_seen, device)
 
     # 8. Loop
-    with StopSignal() as stop, progress_bar(sampler, is_main) as bar:
+    with (
+        explain_out_of_memory("train_llm.py", config, model),
+        StopSignal() as stop,
+        progress_bar(sampler, is_main) as bar,
+    ):
         while step < sampler.total_steps:
             # All micro-batches of the step first: each loss is divided by all their targets.
             micro_batches = list(islice(batches, sampler.micro_batches(step)))
@@ -228,7 +234,7 @@ def train(
                     **precision.metrics(),
                     **meter.read(step),
                 }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint)
+                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
                 tracker.log(metrics, step)
                 say(log_line(metrics, step, sampler.total_steps))
             val_loss = None
@@ -236,7 +242,7 @@ def train(
                 if due["eval"]:
                     metrics = validate(model, validation, validation_bytes, precision, accelerator)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint)
+                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
                 if due["sample"] and is_main:

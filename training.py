@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -26,11 +26,15 @@ from losses import IGNORE_INDEX
 
 @dataclass
 class Precision:
-    """Mixed precision: `dtype` of matrix products under autocast (None: fp32), and the scaler."""
+    """Mixed precision: `dtype` of matrix products under autocast (None: fp32), and the scaler.
+
+    grad_norms: of the steps since check_finite last looked, left on the device until it looks.
+    """
 
     dtype: torch.dtype | None
     device: torch.device
     scaler: torch.amp.GradScaler
+    grad_norms: list[torch.Tensor] = field(default_factory=list)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -68,6 +72,11 @@ def make_accelerator() -> Accelerator:
     if on_cpu:
         keep_freed_memory()
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
+    if accelerator.distributed_type.startswith(("FSDP", "DEEPSPEED", "MEGATRON")):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; these scripts "
+            "hold the whole model on every GPU. Start them with torchrun, not accelerate launch."
+        )
     transformers.utils.logging.disable_progress_bar()
     return accelerator
 
@@ -129,8 +138,9 @@ def checkpoint_blocks(model, level):
 class StepSampler:
     """Which rows form each micro-batch: a function of (seed, epoch, position), nothing else.
 
-    An epoch's last step takes what is left. All ranks get equally many micro-batches per step; one
-    may be empty. As a DataLoader's batch_sampler it yields this rank's micro-batches, in order.
+    An epoch's last step takes what is left, in micro-batches of even size. All ranks get equally
+    many of them; one may be empty. As a DataLoader's batch_sampler it yields this rank's
+    micro-batches, in order.
     """
 
     def __init__(self, rows: int, config: dict, rank: int = 0, world: int = 1, start_step: int = 0):
@@ -152,6 +162,11 @@ class StepSampler:
         start = position * self.rows_per_step
         return self._order[1][start : start + self.rows_per_step]
 
+    def describe_rows(self, step: int, most: int = 32) -> str:
+        rows = self.step_rows(step).tolist()
+        more = f" and {len(rows) - most} more" if len(rows) > most else ""
+        return ", ".join(map(str, rows[:most])) + more
+
     def micro_batches(self, step: int) -> int:
         """How many micro-batches this rank runs in a step."""
         left = self.rows - step % self.steps_per_epoch * self.rows_per_step
@@ -159,12 +174,8 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.total_steps):
-            rows = self.step_rows(step)
-            count = self.micro_batches(step) * self.world
-            even = np.array_split(rows, count)
-            pieces = [rows[i * self.batch_size :][: self.batch_size] for i in range(count)]
-            # Full micro-batches on one process; on several, an even share of the last step.
-            for piece in (pieces if self.world == 1 else even)[self.rank :: self.world]:
+            pieces = np.array_split(self.step_rows(step), self.micro_batches(step) * self.world)
+            for piece in pieces[self.rank :: self.world]:
                 yield piece.tolist()
 
     def __len__(self) -> int:
@@ -209,23 +220,32 @@ def gradient_sync(accelerator: Accelerator, model, is_last: bool):
 
 
 class NumericalError(ArithmeticError):
-    """Training cannot go on: the loss is not finite, or fp16's loss scale has collapsed."""
+    """Training cannot go on: a loss, gradients or weights not finite, fp16's scale collapsed."""
 
 
-def check_finite(loss: float, precision: Precision, step: int, last_checkpoint):
-    """Raise NumericalError before a ruined model can be saved."""
-    scale = precision.scaler.get_scale()
-    problem = None
-    if not math.isfinite(loss):
+def check_finite(loss: float, precision: Precision, step: int, last_checkpoint, sampler):
+    """Raise NumericalError before a ruined model can be saved; names the step that ruined it.
+
+    The loss alone would not do: it is of before the update, in which gradients of inf become NaN.
+    """
+    norms = [float(norm) for norm in precision.grad_norms]
+    precision.grad_norms.clear()
+    bad = [i for i, norm in enumerate(norms, step - len(norms) + 1) if not math.isfinite(norm)]
+    ruined, scale = bad[0] if bad else step, precision.scaler.get_scale()
+    if ruined == step and not math.isfinite(loss):
         problem = f"the loss is {loss}"
+    elif bad:
+        problem = f"the gradient norm of step {ruined} is {norms[ruined - step - 1]}"
     elif precision.scaler.is_enabled() and scale < 1.0:
         problem = f"the fp16 loss scale has collapsed to {scale:.3g}"
-    if problem:
-        good = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "none saved"
-        raise NumericalError(
-            f"Stopped at step {step}: {problem} ({good}). Lower learning_rate or max_grad_norm, "
-            'raise warmup_ratio, or set mixed_precision to "bf16".'
-        )
+    else:
+        return
+    good = f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "none saved"
+    raise NumericalError(
+        f"Stopped at step {step}: {problem} ({good}). Training rows of step {ruined}: "
+        f"{sampler.describe_rows(ruined - 1)}. Lower learning_rate or max_grad_norm, raise "
+        'warmup_ratio, or set mixed_precision to "bf16".'
+    )
 
 
 # --- validation and samples ---------------------------------------------------------------------

@@ -71,6 +71,7 @@ _MUON = Recipe("muon", 6e-3, rows=64 * 16, batch=8)
 _ADAMW = Recipe("adamw", 3e-3, rows=192 * 16, batch=4, schedule="linear")
 _LATER = dataclasses.replace(_MUON, scaled_init=False)
 _SHALLOW = dataclasses.replace(_LATER, min_lr_ratio=0.3, model=SHALLOW)
+_ADAMW_SHALLOW = dataclasses.replace(_ADAMW, rows=144 * 16, model=SHALLOW)
 SEARCH = {  # changes of a recipe, in the order in which they were tried
     "AdamW 3e-3, 4 rows a step, linear": (_ADAMW, {}),
     "  2e-3": (_ADAMW, {"learning_rate": 2e-3}),
@@ -90,7 +91,15 @@ SEARCH = {  # changes of a recipe, in the order in which they were tried
     "  8e-3, 16 rows a step": (_SHALLOW, {"learning_rate": 8e-3, "batch": 16}),
     "  4e-3": (_SHALLOW, {"learning_rate": 4e-3}),
     "  9e-3": (_SHALLOW, {"learning_rate": 9e-3}),
-    "AdamW 3e-3, 2 wide layers": (_ADAMW, {"rows": 144 * 16, "model": SHALLOW}),
+    "  1.3e-2, 896 rows": (_SHALLOW, {"learning_rate": 1.3e-2, "rows": 56 * 16}),
+    "  9e-3, 896 rows": (_SHALLOW, {"learning_rate": 9e-3, "rows": 56 * 16}),
+    "AdamW 3e-3, 2 wide layers": (_ADAMW_SHALLOW, {}),
+    "  1.5e-3": (_ADAMW_SHALLOW, {"learning_rate": 1.5e-3}),
+    "  8 rows a step": (_ADAMW_SHALLOW, {"batch": 8, "rows": 128 * 16}),
+    "  5e-3, cosine, unscaled initialisation": (
+        _ADAMW_SHALLOW,
+        {"learning_rate": 5e-3, "schedule": "cosine", "scaled_init": False, "rows": 128 * 16},
+    ),
 }
 
 

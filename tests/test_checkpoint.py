@@ -8,6 +8,7 @@ from test_training import tiny_model
 
 from checkpoint import (
     CheckpointError,
+    changed_keys,
     check_same_data,
     find_damage,
     list_checkpoints,
@@ -115,7 +116,7 @@ def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_taken(
     printed = capsys.readouterr().out
     problem = "unreadable (" if damage == "delete" else f"{name} is damaged (checksum differs)"
     assert f"Skipping {path.parent}: {problem}" in printed
-    assert "; taking the one before." in printed
+    assert "Taking the one before, or starting anew" in printed
 
 
 def test_without_a_name_the_unfinished_run_of_the_same_configuration_is_resumed(tmp_path):
@@ -193,3 +194,13 @@ def test_a_model_folder_is_checked_against_the_tokenizer_and_its_context_grows(t
     tokenizer_config = json.loads((final / "generation_config.json").read_text())
     stops = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert tokenizer_config["eos_token_id"] == sorted(stops)
+
+
+def test_a_run_may_go_on_with_other_micro_batches_but_the_same_rows_of_a_step(tmp_path):
+    config = config_in(tmp_path, batch_size=8, gradient_accumulation_steps=2)
+    folder = open_run("sft", "run", config, ALONE).folder
+    assert changed_keys(folder, config | {"batch_size": 4, "gradient_accumulation_steps": 4}) == []
+    two_ranks = config | {"num_processes": 2}
+    assert changed_keys(folder, two_ranks | {"gradient_accumulation_steps": 1}) == []
+    [problem] = changed_keys(folder, two_ranks)
+    assert problem == "batch_size * gradient_accumulation_steps * num_processes: 16 -> 32"

@@ -37,11 +37,10 @@ def test_the_planned_peak_is_that_of_a_real_step_to_the_byte(script, level, chan
     assert planned["total"] > 4 * planned["param"] / 2
 
 
-def test_the_largest_batch_fits_and_a_twentieth_more_does_not(monkeypatch):
-    monkeypatch.setattr(plan, "CARD_GIB", 3.0)
+def test_the_largest_batch_fits_and_a_twentieth_more_does_not():
     config, model_config = settings("train_llm.py")
     memory = StepMemory("train_llm.py", config, model_config)
-    sizes = [largest_batch(memory, level) for level in plan.LEVELS]
+    sizes = [largest_batch(memory, level, 3.0) for level in plan.LEVELS]
     assert sizes[0] < sizes[1] <= sizes[2]
     for size, level in zip(sizes, plan.LEVELS, strict=True):
         assert on_card(memory.peak(size, level)["total"]) <= 3.0

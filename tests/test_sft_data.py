@@ -139,7 +139,7 @@ def test_a_bad_record_names_file_line_and_what_was_found(tmp_path, tokenizer, re
     path.write_text(f"{good}\n{json.dumps(record)}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         prepare_sft_data(tokenizer, str(path), 128, cache_dir=str(tmp_path / "cache"))
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("sft-*"))
 
 
 def turns_of(tokenizer, messages):

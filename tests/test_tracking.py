@@ -14,6 +14,7 @@ from tracking import (
     flops_per_token,
     is_logged_in,
     log_line,
+    read_metrics,
     validation_line,
 )
 
@@ -40,6 +41,16 @@ def test_a_resumed_run_drops_the_lines_behind_its_checkpoint_and_a_torn_one(tmp_
     tracker.log({"train/loss": 9.0}, 3)
     tracker.finish()
     assert [(m["step"], m["train/loss"]) for m in lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
+
+
+@pytest.mark.parametrize("missing", range(1, 21, 2))
+def test_a_line_may_be_cut_anywhere_and_hold_any_character(tmp_path, missing):
+    whole = (
+        json.dumps({"step": 1, "samples": [["问", "a\u2028b\u0085c"]]}, ensure_ascii=False) + "\n"
+    )
+    torn = json.dumps({"step": 2, "samples": [["春眠不觉晓"]]}, ensure_ascii=False).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(whole.encode() + torn[:-missing])
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_wandb_is_offline_without_an_account_and_never_asks(tmp_path, monkeypatch):

@@ -187,7 +187,7 @@ def test_a_writer_that_dies_leaves_no_half_cache_and_the_next_call_works(
         dying.setattr(train_data, "encode_plain", shards)
         with pytest.raises(KeyboardInterrupt):
             prepare(dataset)
-    assert os.listdir(tmp_path / "cache") == []
+    assert os.listdir(tmp_path / "cache") == [".lock"]
     splits, tokenizer = prepare(dataset)
     assert all_texts(splits, tokenizer) == set(EVEN)
 
@@ -195,12 +195,12 @@ def test_a_writer_that_dies_leaves_no_half_cache_and_the_next_call_works(
 def test_what_a_killed_process_left_in_the_cache_does_no_harm(tmp_path, prepare):
     dataset = write_texts(tmp_path, EVEN)
     _, tokenizer = prepare(dataset)
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = (tmp_path / "cache").glob("pretrain-*")
     half = folder.rename(f"{folder}.tmp")
     (half / "train.arrow").write_bytes(b"half")
     again, _ = prepare(dataset)
     assert all_texts(again, tokenizer) == set(EVEN)
-    assert os.listdir(tmp_path / "cache") == [folder.name]
+    assert sorted(os.listdir(tmp_path / "cache")) == [".lock", folder.name]
 
 
 @pytest.mark.parametrize(

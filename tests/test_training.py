@@ -1,10 +1,12 @@
 import math
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,9 +154,36 @@ def test_a_collapsed_loss_scale_stops_the_run():
     precision = make_precision(torch.float16, CPU)
     precision.scaler = torch.amp.GradScaler("cpu", init_scale=0.25)
     precision.scaler.scale(torch.ones(1))
+    sampler = StepSampler(99, ORDER)
     with pytest.raises(training.NumericalError, match=r"step 9: the fp16 loss scale.*step_8"):
-        check_finite(2.0, precision, 9, "step_8")
-    check_finite(2.0, make_precision(None, CPU), 9, None)
+        check_finite(2.0, precision, 9, "step_8", sampler)
+    check_finite(2.0, make_precision(None, CPU), 9, None, sampler)
+
+
+def test_the_first_step_whose_gradients_were_not_finite_is_named_with_its_rows():
+    sampler = StepSampler(99, ORDER)
+    precision = make_precision(None, CPU)
+    precision.grad_norms += torch.tensor([1.0, 2.0]).unbind()
+    check_finite(2.0, precision, 5, None, sampler)
+    precision.grad_norms += torch.tensor([1.0, float("inf"), float("nan")]).unbind()
+    rows = ", ".join(map(str, sampler.step_rows(6)))
+    message = f"Stopped at step 8: the gradient norm of step 7 is inf .*rows of step 7: {rows}\\."
+    with pytest.raises(training.NumericalError, match=message):
+        check_finite(float("nan"), precision, 8, None, sampler)
+
+
+def test_of_many_rows_the_first_are_named():
+    sampler = StepSampler(99, ORDER)
+    assert sampler.describe_rows(0, most=6).count(",") == 5
+    assert sampler.describe_rows(0, most=4).endswith(f"{sampler.step_rows(0)[3]} and 2 more")
+
+
+def test_overflows_that_the_fp16_scaler_skips_are_no_error():
+    weight = nn.Parameter(torch.ones(2))
+    precision = make_precision(torch.float16, CPU)
+    precision.scaler.scale((weight * float("inf")).sum()).backward()
+    optimizer_step(nn.ParameterList([weight]), [torch.optim.SGD([weight], lr=1.0)], precision, 1.0)
+    check_finite(2.0, precision, 1, None, StepSampler(99, ORDER))
 
 
 def test_fp16_on_a_cpu_says_so_and_takes_bf16_or_fp32(monkeypatch):
@@ -257,3 +286,10 @@ def test_checkpointing_levels_keep_gradients_and_recompute_what_they_say(use_moe
     assert [calls[level].attention for level in calls] == [0, 0, layers, layers]
     assert calls[False].products < calls["attention"].products == calls["full"].products
     assert kept[True] == kept["full"] < kept["attention"] < kept[False]
+
+
+def test_a_launcher_that_shards_the_model_is_refused(monkeypatch):
+    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(training, "Accelerator", lambda **options: sharded)
+    with pytest.raises(ValueError, match="configured for FSDP; these scripts hold the whole model"):
+        training.make_accelerator()

@@ -1,0 +1,71 @@
+"""What is written while the disk is full: one error of one kind, and nothing half-written."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from checkpoint import Run
+from files import DiskFullError, atomic_folder, write_whole
+from tokenizer import train_tokenizer
+from tracking import Tracker, read_metrics
+
+
+@pytest.fixture
+def full_disk():
+    """As on a full disk: no file of this process can grow beyond 2,000 bytes."""
+    resource = pytest.importorskip("resource")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+def write_arrow(folder):
+    batch = pa.record_batch({"a": np.arange(1000)})
+    with pa.ipc.new_stream(str(folder / "a.arrow"), batch.schema) as stream:
+        stream.write_batch(batch)
+
+
+WRITERS = {
+    "torch": lambda folder: torch.save(torch.zeros(1000), folder / "a.pt"),
+    "safetensors": lambda folder: save_file({"a": torch.zeros(1000)}, folder / "a.safetensors"),
+    "arrow": write_arrow,
+    "tokenizers": lambda folder: train_tokenizer(["天地"], 260).save_pretrained(folder),
+    "json": lambda folder: (folder / "a.json").write_text("[" * 3000),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
+def test_a_full_disk_is_one_error_that_names_the_folder_and_leaves_nothing(
+    tmp_path, full_disk, write
+):
+    too_large = pytest.raises(DiskFullError, match=r"written: File too large .*Free some space")
+    with too_large as caught, atomic_folder(tmp_path / "target") as temporary:
+        write(temporary)
+    assert str(tmp_path / "target") in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_errors_stay_what_they_are_while_there_is_room(tmp_path):
+    with pytest.raises(RuntimeError, match="CUDA"), atomic_folder(tmp_path / "target"):
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_a_file_is_whole_or_as_before(tmp_path, full_disk):
+    write_whole(tmp_path / "a", "旧")
+    with pytest.raises(DiskFullError, match="could not be written"):
+        write_whole(tmp_path / "a", "新" * 5000)
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "旧"
+
+
+def test_metrics_that_cannot_be_written_are_the_same_error_and_the_whole_lines_remain(
+    tmp_path, full_disk
+):
+    tracker = Tracker(Run(tmp_path), "project", {})
+    tracker.log({"loss": 1.0}, 1)
+    with pytest.raises(DiskFullError, match=r"metrics\.jsonl could not be written"):
+        tracker.log({"text": "字" * 1000}, 2)
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
