@@ -20,8 +20,10 @@ from peers import ROOT, print_table, run_rounds
 
 import train_data
 import train_llm
+from corpus import iter_documents
 from optimizers import build_optimizers, optimizer_step
 from packing import PackedCollator
+from tokenizer import train_tokenizer
 from training import StepSampler, choose_precision, count_tokens, make_accelerator, seed_everything
 
 CORPORA = ["pt_libreoffice_help", "pt_manpages_zh", "pt_china_law"]
@@ -57,9 +59,11 @@ def run_steps(config: dict) -> dict:
     precision = choose_precision(config["mixed_precision"], accelerator.device, lambda text: None)
     seed_everything(config["seed"])
     splits, tokenizer = train_data.prepare_data(
-        None, config["dataset"], config["max_seq_len"], config["vocab_size"],
+        config["tokenizer_path"],
+        config["dataset"],
+        config["max_seq_len"],
         cache_dir=f"{config['output_dir']}/cache",
-    )  # fmt: skip
+    )
     model = train_llm.CustomLLM(train_llm.make_model_config(config, len(tokenizer)))
     model.to(accelerator.device).train()
     optimizers = build_optimizers(model, config)
@@ -84,6 +88,7 @@ def run_variant(name: str, folder: Path, data: str) -> dict:
     output = folder / ("padded" if name == "padded" else "packed")
     config = train_llm.DEFAULTS | SIZES | LOOP
     config |= {"dataset": data, "output_dir": str(output), "max_steps": STEPS + 2, "resume": False}
+    config["tokenizer_path"] = str(folder / "tokenizer")
     if name == "padded":
         train_data.pack_segments = one_document_a_row
     return run_steps(config) if name == "step" else run_loop(config)
@@ -107,6 +112,8 @@ def main():
             sources = [ROOT / "data" / "pretrain_sample.jsonl"]
         for source in sources:
             (corpus / source.name).symlink_to(source.resolve())
+        tokenizer = train_tokenizer(iter_documents(str(corpus)), SIZES["vocab_size"])
+        tokenizer.save_pretrained(Path(name, "tokenizer"))
         variants = ["packed", "padded", "step"]
         results = run_rounds(__file__, Path(name), variants, arguments.rounds, corpus)
     columns = {"tokens_per_second": "useful tokens/s", "useful": "useful tokens a step"}
