@@ -1,6 +1,7 @@
 """What is written while the disk is full: one error of one kind, and nothing half-written."""
 
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -14,13 +15,18 @@ from tokenizer import train_tokenizer
 from tracking import Tracker, read_metrics
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    """As on a full disk: no file of this process can grow beyond 2,000 bytes."""
+    """As on a full disk: no file of this process can grow beyond 2,000 bytes.
+
+    No fixture: pytest reports a test before its fixtures end, perhaps into a longer file.
+    """
     resource = pytest.importorskip("resource")
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
 def write_arrow(folder):
@@ -39,11 +45,9 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS.keys())
-def test_a_full_disk_is_one_error_that_names_the_folder_and_leaves_nothing(
-    tmp_path, full_disk, write
-):
+def test_a_full_disk_is_one_error_that_names_the_folder_and_leaves_nothing(tmp_path, write):
     too_large = pytest.raises(DiskFullError, match=r"written: File too large .*Free some space")
-    with too_large as caught, atomic_folder(tmp_path / "target") as temporary:
+    with full_disk(), too_large as caught, atomic_folder(tmp_path / "target") as temporary:
         write(temporary)
     assert str(tmp_path / "target") in str(caught.value)
     assert os.listdir(tmp_path) == []
@@ -54,18 +58,16 @@ def test_other_errors_stay_what_they_are_while_there_is_room(tmp_path):
         raise RuntimeError("CUDA out of memory")
 
 
-def test_a_file_is_whole_or_as_before(tmp_path, full_disk):
+def test_a_file_is_whole_or_as_before(tmp_path):
     write_whole(tmp_path / "a", "旧")
-    with pytest.raises(DiskFullError, match="could not be written"):
+    with full_disk(), pytest.raises(DiskFullError, match="could not be written"):
         write_whole(tmp_path / "a", "新" * 5000)
     assert (tmp_path / "a").read_text(encoding="utf-8") == "旧"
 
 
-def test_metrics_that_cannot_be_written_are_the_same_error_and_the_whole_lines_remain(
-    tmp_path, full_disk
-):
+def test_metrics_that_cannot_be_written_are_the_same_error_and_the_whole_lines_remain(tmp_path):
     tracker = Tracker(Run(tmp_path), "project", {})
     tracker.log({"loss": 1.0}, 1)
-    with pytest.raises(DiskFullError, match=r"metrics\.jsonl could not be written"):
+    with full_disk(), pytest.raises(DiskFullError, match=r"metrics\.jsonl could not be written"):
         tracker.log({"text": "字" * 1000}, 2)
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
