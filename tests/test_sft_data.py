@@ -113,6 +113,10 @@ BAD = {
         r'sft\.jsonl:2: expected "instruction" and "response", "messages" or "conversations"; '
         r"found keys \['answer', 'instruction'\]",
     ),
+    "history": (
+        {"instruction": "问", "response": "答", "history": [["问"]]},
+        r':2: "history" must be a list of \[question, answer\]',
+    ),
     "not text": ({"instruction": 3, "response": "答"}, r":2: instruction must be text, found int"),
     "role": (
         {"messages": [{"role": "tool", "content": "x"}]},

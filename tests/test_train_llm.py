@@ -219,6 +219,10 @@ BAD = {
     "heads": ({"d_model": 30, "n_heads": 4}, "d_model=30 is not divisible by n_heads=4"),
     "odd head": ({"d_model": 30, "n_heads": 2}, "head_dim=15"),
     "top_k": ({"use_moe": True, "top_k": 5}, r"top_k=5 must be in 1..num_experts=4"),
+    "memory": (
+        {"n_layers": 10**9},
+        r"n_layers=1000000000, .*: these weights take .* GiB, and this machine has",
+    ),
     "no dataset": ({"dataset": "nowhere.jsonl"}, r"nowhere\.jsonl: no such file"),
     "no tokenizer": ({"tokenizer_path": "nowhere"}, "No tokenizer could be loaded from 'nowhere'"),
     "small vocabulary": ({"vocab_size": 100}, "vocab_size=100 must be at least"),
