@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import torch
 from accelerate.utils import gather_object
 
 from dpo_data import PairCollator
+from model_config import CustomLLMConfig
 from optimizers import set_learning_rate
-from preference import AnswerScorer
+from preference import AnswerScorer, batch_losses
 from run_config import AUTO_ROWS
 from training import Precision, to_device
 
@@ -26,6 +28,21 @@ def full_batch(script: str, length: int, batch_size: int) -> dict[str, torch.Ten
     pair = {"prompt_ids": np.ones(question), "reference_logps": np.zeros(2, np.float32)}
     pair |= {f"{name}_ids": np.ones(length - question) for name in ("chosen", "rejected")}
     return PairCollator(0)([pair | {"chosen_bytes": np.int64(1)}] * batch_size)
+
+
+def check_memory(sizes: CustomLLMConfig):
+    """Raises ValueError when the weights alone are more than this machine's memory."""
+    attention = 2 * sizes.d_model * sizes.head_dim * (sizes.n_heads + sizes.n_kv_heads)
+    widths = sizes.num_experts * sizes.moe_d_ff if sizes.use_moe else sizes.d_ff
+    layer = attention + 3 * sizes.d_model * widths
+    weights = sizes.vocab_size * sizes.d_model + sizes.n_layers * layer
+    needed, there = 4 * weights / 2**30, psutil.virtual_memory().total / 2**30
+    if needed > there:
+        names = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "num_experts", "moe_d_ff")
+        raise ValueError(
+            f"{', '.join(f'{name}={getattr(sizes, name)}' for name in names)}: these weights take "
+            f"{needed:,.0f} GiB, and this machine has {there:,.0f}."
+        )
 
 
 def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
@@ -59,7 +76,8 @@ def fit_batch_size(script, config, model, optimizers, precision, accelerator, sa
         allocate_state(model, optimizers)
 
         def fits(size: int) -> bool:
-            alone = backward_fits(script, full_batch(script, length, size), model, precision)
+            batch = full_batch(script, length, size)
+            alone = backward_fits(script, batch, model, precision, config)
             return alone if accelerator.num_processes == 1 else all(gather_object([alone]))
 
         size = largest_micro_batch(rows, fits)
@@ -79,16 +97,21 @@ def allocate_state(model, optimizers):
         optimizer.step()
 
 
-def backward_fits(script: str, batch: dict, model, precision: Precision) -> bool:
+def stage_loss(script: str, model, batch: dict, precision: Precision, config: dict, num_items=1):
+    """The loss that a stage's step takes of a batch, divided by num_items targets or pairs."""
+    if script == DPO_SCRIPT:
+        with precision.autocast():
+            logps = AnswerScorer(model)(**batch)
+        return batch_losses(logps, batch, config)[0].sum() / num_items
+    with precision.autocast():
+        return model(**batch, num_items_in_batch=num_items, skip_logits=True).loss
+
+
+def backward_fits(script: str, batch: dict, model, precision: Precision, config: dict) -> bool:
     """Whether forward and backward of a batch end without running out of memory."""
     try:
         batch = to_device(batch, precision.device)
-        with precision.autocast():
-            if script == DPO_SCRIPT:
-                loss = AnswerScorer(model)(**batch).sum()
-            else:
-                loss = model(**batch, num_items_in_batch=1, skip_logits=True).loss
-        loss.backward()
+        stage_loss(script, model, batch, precision, config).backward()
     except torch.OutOfMemoryError:
         fits = False
     else:

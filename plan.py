@@ -28,8 +28,7 @@ from corpus import iter_documents
 from files import find_files, find_final, is_local, iter_records
 from models import CustomLLM, CustomLLMConfig
 from optimizers import build_optimizers, optimizer_step
-from out_of_memory import full_batch
-from preference import AnswerScorer, batch_losses
+from out_of_memory import full_batch, stage_loss
 from run_config import AUTO_ROWS, parse_arguments, resolve_config
 from tracking import PEAK_FLOPS, active_parameters, flops_per_token
 from training import checkpoint_blocks, make_precision
@@ -149,15 +148,7 @@ class StepMemory:
 
     def _run(self, batch: dict):
         with losses_as_on_a_gpu():
-            self._loss(batch).backward()
-
-    def _loss(self, batch: dict) -> torch.Tensor:
-        if self.script == "dpo_train.py":
-            with self.precision.autocast():
-                scores = AnswerScorer(self.model)(**batch)
-            return batch_losses(scores, batch, self.config)[0].sum()
-        with self.precision.autocast():
-            return self.model(**batch, num_items_in_batch=1, skip_logits=True).loss
+            stage_loss(self.script, self.model, batch, self.precision, self.config).backward()
 
     def _step(self):
         limit = self.config["max_grad_norm"]

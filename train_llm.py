@@ -7,7 +7,6 @@ torchrun --nproc_per_node 2 train_llm.py                 several GPUs
 
 from itertools import islice
 
-import psutil
 import torch
 
 from checkpoint import (
@@ -27,7 +26,7 @@ from optimizers import (
     optimizer_step,
     set_learning_rate,
 )
-from out_of_memory import explain_out_of_memory, fit_batch_size
+from out_of_memory import check_memory, explain_out_of_memory, fit_batch_size
 from packing import PackedCollator, data_fingerprint, target_bytes
 from run_config import resolve_config, run_from_command_line
 from tracking import (
@@ -272,21 +271,6 @@ def make_model_config(config: dict, vocab_size: int) -> CustomLLMConfig:
     names = ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "dropout")
     names += ("use_moe", "num_experts", "top_k", "moe_d_ff")
     return CustomLLMConfig(-(-vocab_size // 64) * 64, **{name: config[name] for name in names})
-
-
-def check_memory(sizes: CustomLLMConfig):
-    """Raises ValueError when the weights alone are more than this machine's memory."""
-    attention = 2 * sizes.d_model * sizes.head_dim * (sizes.n_heads + sizes.n_kv_heads)
-    widths = sizes.num_experts * sizes.moe_d_ff if sizes.use_moe else sizes.d_ff
-    layer = attention + 3 * sizes.d_model * widths
-    weights = sizes.vocab_size * sizes.d_model + sizes.n_layers * layer
-    needed, there = 4 * weights / 2**30, psutil.virtual_memory().total / 2**30
-    if needed > there:
-        names = ("vocab_size", "d_model", "n_heads", "n_layers", "d_ff", "num_experts", "moe_d_ff")
-        raise ValueError(
-            f"{', '.join(f'{name}={getattr(sizes, name)}' for name in names)}: these weights take "
-            f"{needed:,.0f} GiB, and this machine has {there:,.0f}."
-        )
 
 
 def main():

@@ -21,9 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from attention import ATTENTION_KERNELS
 from models import CustomLLM, CustomLLMConfig
 from optimizers import build_optimizers, optimizer_step
+from out_of_memory import full_batch, stage_loss
 from packing import PackedCollator
-from plan import full_batch
-from preference import AnswerScorer, batch_losses
 from tracking import flops_per_token, peak_flops
 from training import checkpoint_blocks, compile_blocks, make_precision, to_device
 
@@ -68,22 +67,16 @@ class Step:
 
     def __init__(self, script: str, model_config, rows: int, dtype, device, level):
         self.script, self.config = script, importlib.import_module(Path(script).stem).DEFAULTS
-        self.precision = make_precision(dtype, device)
+        self.rows, self.precision = rows, make_precision(dtype, device)
         self.model = CustomLLM(model_config).to(device).train()
         checkpoint_blocks(self.model, level)
         self.optimizers = build_optimizers(self.model, self.config)
         self.batch = to_device(make_batch(script, model_config.max_seq_len, rows), device)
-        self.scorer = AnswerScorer(self.model)
 
     def __call__(self):
-        with self.precision.autocast():
-            if self.script == "dpo_train.py":
-                logps = self.scorer(**self.batch)
-            else:
-                inputs = self.batch | {"num_items_in_batch": self.batch["labels"].numel()}
-                loss = self.model(**inputs, skip_logits=True).loss
-        if self.script == "dpo_train.py":
-            loss = batch_losses(logps, self.batch, self.config)[0].mean()
+        num_items = self.batch["labels"].numel() if "labels" in self.batch else self.rows
+        how = (self.batch, self.precision, self.config, num_items)
+        loss = stage_loss(self.script, self.model, *how)
         self.precision.scaler.scale(loss).backward()
         optimizer_step(self.model, self.optimizers, self.precision, 1.0)
 
