@@ -78,9 +78,8 @@ def prepare_data(
         tokenizer = load_or_train_tokenizer(
             tokenizer_path, dataset, corpus, vocab_size, validation_ratio, cache
         )
-    identity = settings_hash(tokenizer_identity(tokenizer), max_seq_len, validation_ratio)
-    folder = cache / f"pretrain-{settings_hash(corpus, identity, CACHE_VERSION)}"
-    with cache_lock(cache):
+        identity = settings_hash(tokenizer_identity(tokenizer), max_seq_len, validation_ratio)
+        folder = cache / f"pretrain-{settings_hash(corpus, identity, CACHE_VERSION)}"
         if not (folder / "statistics.json").exists():
             with atomic_folder(folder) as temporary:
                 _write_rows(temporary, dataset, tokenizer, max_seq_len, validation_ratio)
