@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
-from attention import ATTENTION_KERNELS, attend, has_varlen_kernel
+from attention import ATTENTION_KERNELS, attend, build_attention_mask, has_varlen_kernel
 from models import CustomLLM, CustomLLMConfig
 from packing import PackedCollator
 from training import checkpoint_blocks
@@ -76,6 +76,15 @@ def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(monkeypa
     assert all(p.grad.shape == p.shape for p in model.parameters())
     repeats = 2 if level == "full" else 1
     assert kernels == [torch.ops.torch_attn._varlen_attn.default] * model.config.n_layers * repeats
+
+
+@pytest.mark.parametrize("give_positions", [True, False])
+def test_every_query_has_a_key_also_in_left_padding(give_positions):
+    # A query without any is undefined, however well this machine's kernel takes it.
+    ids = torch.ones(3, 9, dtype=torch.long)
+    mask = torch.tensor([[0] * (9 - length) + [1] * length for length in (4, 9, 6)])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) if give_positions else None
+    assert build_attention_mask(ids, mask, positions, past=0).any(-1).all()
 
 
 class RecordKernels(TorchDispatchMode):
