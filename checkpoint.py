@@ -314,7 +314,8 @@ def open_model_folder(path: str):
     disable_progress_bar()
     tokenizer = create_tokenizer(model_path=str(path))
     model = load_model_folder(path, tokenizer, 0.0, 0, lambda text: None)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    # check_available: torch built for CUDA names it also where there is no driver.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return model.to(device).eval(), tokenizer
 
 

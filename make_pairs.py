@@ -1,6 +1,7 @@
 """On-policy preference pairs: the data's answer is chosen, the model's own is rejected."""
 
 import json
+import os
 import random
 from itertools import islice
 from pathlib import Path
@@ -9,8 +10,8 @@ import torch
 from tqdm import tqdm
 
 from chat_format import iter_conversations, to_messages
-from checkpoint import load_model_folder
-from tokenizer import create_tokenizer
+from checkpoint import open_model_folder
+from files import input_error, iter_records
 
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.9, 0.95, 256
 
@@ -20,20 +21,22 @@ def make_pairs(model_path: str, prompts_path: str, output: str, limit: int | Non
 
     Goes on where it stopped: a prompt that `output` already holds is not sampled again. A sample
     equal to the answer, or empty, makes no pair.
+
+    Raises:
+        ValueError: no model there, broken prompts, or an output that holds something else.
     """
-    tokenizer = create_tokenizer(model_path=model_path)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model = load_model_folder(model_path, tokenizer, 0.0, 0, print).to(device).eval()
+    if Path(output).suffix != ".jsonl":
+        raise ValueError(f"--output {output}: pairs are JSON lines, name it .jsonl.")
+    model, tokenizer = open_model_folder(model_path)
     done = _read_done(Path(output))
     conversations = list(islice(iter_conversations(prompts_path, to_messages), limit))
     written = 0
     with open(output, "a", encoding="utf-8") as stream:
         for messages in tqdm(conversations, disable=None, unit="prompt"):
             *prompt, answer = messages
-            key = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
-            if answer["role"] != "assistant" or key in done:
+            if answer["role"] != "assistant" or _key(prompt) in done:
                 continue
-            done.add(key)
+            done.add(_key(prompt))
             rejected = sample_reply(model, tokenizer, prompt)
             if rejected.strip() and rejected.strip() != answer["content"].strip():
                 record = {"chosen": answer["content"], "rejected": rejected}
@@ -51,19 +54,20 @@ def _read_done(output: Path) -> set[str]:
     """Prompts that the output has; a last line that a kill cut short is taken off the file."""
     if not output.exists():
         return set()
-    done, whole = set(), []
-    for line in output.read_text(encoding="utf-8").splitlines(keepends=True):
+    content, done = output.read_bytes(), set()
+    for number, record in islice(iter_records(output), content.count(b"\n")):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not line.endswith("\n"):
-            break
-        whole.append(line)
-        prompt = record.get("prompt") or [{"role": "user", "content": record["instruction"]}]
-        done.add(json.dumps(prompt, ensure_ascii=False, sort_keys=True))
-    output.write_text("".join(whole), encoding="utf-8")
+            prompt = record.get("prompt") or [{"role": "user", "content": record["instruction"]}]
+        except (AttributeError, KeyError) as error:
+            problem = "no pair that was made here: choose another --output."
+            raise input_error(output, number, problem) from error
+        done.add(_key(prompt))
+    os.truncate(output, content.rfind(b"\n") + 1)
     return done
+
+
+def _key(prompt: list[dict]) -> str:
+    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
 @torch.no_grad()

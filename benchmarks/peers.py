@@ -79,7 +79,7 @@ class Stopwatch(transformers.TrainerCallback):
 def run_rounds(script: str, folder: Path, variants: list[str], rounds: int, data: Path) -> dict:
     """Every variant in a process of its own, in turn, `rounds` times: {variant: [result, …]}."""
     results: dict[str, list[dict]] = {name: [] for name in variants}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name in variants:
             words = ["--variant", name, "--folder", str(folder), "--data", str(data)]
             done = subprocess.run(
@@ -88,6 +88,7 @@ def run_rounds(script: str, folder: Path, variants: list[str], rounds: int, data
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
     return results
 
 

@@ -14,6 +14,7 @@ from checkpoint import (
     list_checkpoints,
     load_checkpoint,
     load_model_folder,
+    open_model_folder,
     open_run,
     save_checkpoint,
     save_final,
@@ -204,3 +205,14 @@ def test_a_run_may_go_on_with_other_micro_batches_but_the_same_rows_of_a_step(tm
     assert changed_keys(folder, two_ranks | {"gradient_accumulation_steps": 1}) == []
     [problem] = changed_keys(folder, two_ranks)
     assert problem == "batch_size * gradient_accumulation_steps * num_processes: 16 -> 32"
+
+
+def test_tools_take_the_cpu_where_torch_is_built_for_cuda_but_there_is_no_driver(
+    base_model, monkeypatch
+):
+    def built_for_cuda(check_available: bool = False):
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
+    model, _ = open_model_folder(base_model)
+    assert model.device.type == "cpu"

@@ -159,6 +159,25 @@ def test_pairs_are_made_from_the_models_own_answers_and_go_on_where_they_stopped
     assert half.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
 
 
+def test_pairs_that_were_made_are_never_lost_and_other_files_refused(tmp_path, base_model):
+    prompts = write_conversations(tmp_path, count=1)
+    [prompt] = map(json.loads, Path(prompts).read_text(encoding="utf-8").splitlines())
+    made = tmp_path / "made.jsonl"
+    # A line separator inside a text is no end of a line, and what follows it is kept.
+    pair = {"instruction": prompt["instruction"], "chosen": "一\u2028二", "rejected": "三"}
+    made.write_text(json.dumps(pair, ensure_ascii=False) + "\n", encoding="utf-8")
+    before = made.read_bytes()
+    make_pairs(base_model, prompts, str(made))
+    assert made.read_bytes() == before
+    for line in ('{"text": "字"}\n{"te', "[1]\n"):
+        made.write_text(line, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"made\.jsonl:1: no pair that was made here"):
+            make_pairs(base_model, prompts, str(made))
+        assert made.read_text(encoding="utf-8") == line
+    with pytest.raises(ValueError, match=r"--output .*\.txt: pairs are JSON lines"):
+        make_pairs(base_model, prompts, str(tmp_path / "made.txt"))
+
+
 def test_the_command_makes_pairs_and_prints_one_line_for_errors(run_script, base_model, tmp_path):
     prompts = write_conversations(tmp_path, count=1)
     made = run_script("dpo_data.py", "--make_pairs", prompts, "--model", base_model)
