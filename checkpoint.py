@@ -22,6 +22,7 @@ from safetensors.torch import load_model
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from devices import gather, whole_model
 from files import atomic_folder, write_whole
 from models import CustomLLM
 from run_config import AUTO_ROWS
@@ -180,13 +181,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if p.is_dir() and p.suffix != ".tmp")
 
 
-def save_checkpoint(run: Run, model, optimizers, precision, state: dict, config: dict) -> Path:
+def save_checkpoint(
+    run: Run, model, optimizers, precision, state: dict, config: dict, is_main: bool = True
+) -> Path:
     """Write step_<step> whole or not at all, then drop old ones: the newest and the best stay.
+
+    All ranks must call it, as model and optimizers may be sharded; the main one writes.
 
     state: JSON-able; must hold "step", and "val_loss" (or None) to find the best.
     """
     target = run.folder / f"step_{state['step']:08d}"
-    if target.exists():
+    tensors = {
+        "optimizers": gather([optimizer.state_dict() for optimizer in optimizers]),
+        "scaler": precision.scaler.state_dict(),
+    }
+    model = whole_model(model)
+    if not is_main or target.exists():
         return target
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
         raise NumericalError(
@@ -195,10 +205,6 @@ def save_checkpoint(run: Run, model, optimizers, precision, state: dict, config:
         )
     with atomic_folder(target) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
-        tensors = {
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "scaler": precision.scaler.state_dict(),
-        }
         torch.save(tensors, folder / "optimizer.pt")
         (folder / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False))
         sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
@@ -252,8 +258,14 @@ def check_same_data(run: Run, fingerprint: str):
         )
 
 
-def save_final(run: Run, model, tokenizer) -> Path:
-    """Write the run's result as a plain Hugging Face folder with tokenizer and stop tokens."""
+def save_final(run: Run, model, tokenizer, is_main: bool = True) -> Path:
+    """Write the run's result as a plain Hugging Face folder with tokenizer and stop tokens.
+
+    All ranks must call it, as the model may be sharded; the main one writes.
+    """
+    model = whole_model(model)
+    if not is_main:
+        return run.final
     vocabulary = tokenizer.get_vocab()
     stops = {tokenizer.eos_token_id} | {
         vocabulary[t] for t in (END_OF_TEXT, IM_END) if t in vocabulary

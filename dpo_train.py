@@ -18,6 +18,7 @@ from checkpoint import (
     say_how_to_resume,
 )
 from curves import plot_curves
+from devices import distribute, gradient_sync, make_accelerator, stop_requested
 from dpo_data import prepare_dpo_data
 from files import find_final
 from optimizers import (
@@ -58,13 +59,11 @@ from training import (
     choose_precision,
     compile_blocks,
     generate_samples,
-    gradient_sync,
     is_due,
-    make_accelerator,
     make_loader,
+    rank_batches,
     seed_everything,
     seed_step,
-    stop_requested,
     to_device,
 )
 
@@ -203,17 +202,15 @@ def train_dpo(
         start_logp, warned = run.state["start_logp"], run.state["warned"]
         say(f"Resuming {run.folder} at step {step}.")
     compile_blocks(model, config["torch_compile"], device)
-    scorer = AnswerScorer(model)
-    if world > 1:
-        scorer = accelerator.prepare(scorer)
+    scorer = distribute(accelerator, AnswerScorer(model), model.model.layers, optimizers)
 
     # 6. Order of the data
     sampler = StepSampler(len(splits["train"]), config, rank, world, start_step=step)
     rows = splits["train"].with_format("numpy")
     batches = iter(make_loader(rows, collate, config["num_workers"], batch_sampler=sampler))
     held_out = splits["validation"].with_format("numpy")
-    held_out = held_out.select(range(rank, len(held_out), world))
-    validation = make_loader(held_out, collate, num_workers=0, batch_size=config["batch_size"])
+    parts = rank_batches(len(held_out), config["batch_size"], rank, world)
+    validation = make_loader(held_out, collate, num_workers=0, batch_sampler=parts)
 
     # 7. Tracking, and what is about to happen
     tracker = Tracker(run, project_name, config, is_main)
@@ -224,9 +221,8 @@ def train_dpo(
         start_logp = metrics["val/logps/chosen_per_token"]
         tracker.log(metrics, step)
         say("Before preference optimization:\n" + validation_line(metrics, step))
-        if is_main:
-            samples = generate_samples(model, tokenizer, prompts, precision)
-            tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
+        samples = generate_samples(model, tokenizer, prompts, precision)
+        tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
     meter = Meter(model, sampler, tokens_seen, device)
 
     # 8. Loop
@@ -288,14 +284,14 @@ def train_dpo(
                     if collapsed and not warned:
                         warned = due["save"] = True
                         say(collapse_warning(drop, config))
-                if due["sample"] and is_main:
+                if due["sample"]:
                     samples = generate_samples(model, tokenizer, prompts, precision)
                     tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-                if due["save"] and is_main:
+                if due["save"]:
                     state = {"step": step, "tokens_seen": meter.tokens_seen, "val_loss": val_loss}
                     state |= {"data_fingerprint": fingerprint, "wandb_id": tracker.wandb_id}
                     state |= {"start_logp": start_logp, "warned": warned}
-                    save_checkpoint(run, model, optimizers, precision, state, config)
+                    save_checkpoint(run, model, optimizers, precision, state, config, is_main)
             if stopping and step < sampler.total_steps:
                 tracker.finish()
                 say_how_to_resume(run, stop, say)
@@ -307,8 +303,8 @@ def train_dpo(
                 )
 
     # 9. Final save
+    save_final(run, model, tokenizer, is_main)
     if is_main:
-        save_final(run, model, tokenizer)
         plot_curves(run.folder)
     tracker.finish()
     accelerator.wait_for_everyone()

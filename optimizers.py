@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from devices import gather
 from training import Precision
 
 # Times learning_rate: 5e-3 is a usual peak for Muon where AdamW takes 5e-4.
@@ -66,7 +67,7 @@ def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float
     for optimizer in optimizers:
         precision.scaler.unscale_(optimizer)
     limit = max_grad_norm or float("inf")
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    grad_norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
     if not precision.scaler.is_enabled():
         precision.grad_norms.append(grad_norm)
     if len(optimizers) == 1:

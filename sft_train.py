@@ -22,6 +22,7 @@ from checkpoint import (
     say_how_to_resume,
 )
 from curves import plot_curves
+from devices import distribute, gradient_sync, make_accelerator, stop_requested
 from files import find_final, settings_hash
 from optimizers import (
     build_optimizers,
@@ -53,14 +54,12 @@ from training import (
     compile_blocks,
     count_tokens,
     generate_samples,
-    gradient_sync,
     is_due,
-    make_accelerator,
     make_loader,
     moe_metrics,
+    rank_batches,
     seed_everything,
     seed_step,
-    stop_requested,
     to_device,
     validate,
 )
@@ -178,22 +177,22 @@ def train_sft(
         step, tokens_seen = run.state["step"], run.state["tokens_seen"]
         say(f"Resuming {run.folder} at step {step}.")
     compile_blocks(model, config["torch_compile"], device)
-    parallel_model = accelerator.prepare(model) if world > 1 else model
+    parallel_model = distribute(accelerator, model, model.model.layers, optimizers)
 
     # 6. Order of the data
     sampler = StepSampler(len(splits["train"]), config, rank, world, start_step=step)
     rows = splits["train"].with_format("numpy")
     batches = iter(make_loader(rows, collate, config["num_workers"], batch_sampler=sampler))
     held_out = splits["validation"].with_format("numpy")
-    held_out = held_out.select(range(rank, len(held_out), world))
-    validation = make_loader(held_out, collate, num_workers=0, batch_size=config["batch_size"])
+    parts = rank_batches(len(held_out), config["batch_size"], rank, world)
+    validation = make_loader(held_out, collate, num_workers=0, batch_sampler=parts)
     validation_bytes = target_bytes(splits["validation"], tokenizer)
 
     # 7. Tracking, and what is about to happen
     tracker = Tracker(run, project_name, config, is_main)
     say(describe_run(config, model, sampler, precision, config["max_length"]))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
-    if step == 0 and is_main:
+    if step == 0:
         say("Before fine-tuning:")
         samples = generate_samples(model, tokenizer, prompts, precision)
         tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
@@ -253,21 +252,21 @@ def train_sft(
                     check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
-                if due["sample"] and is_main:
+                if due["sample"]:
                     samples = generate_samples(model, tokenizer, prompts, precision)
                     tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-                if due["save"] and is_main:
+                if due["save"]:
                     state = {"step": step, "tokens_seen": meter.tokens_seen, "val_loss": val_loss}
                     state |= {"data_fingerprint": fingerprint, "wandb_id": tracker.wandb_id}
-                    save_checkpoint(run, model, optimizers, precision, state, config)
+                    save_checkpoint(run, model, optimizers, precision, state, config, is_main)
             if stopping and step < sampler.total_steps:
                 tracker.finish()
                 say_how_to_resume(run, stop, say)
                 raise SystemExit(0)
 
     # 9. Final save
+    save_final(run, model, tokenizer, is_main)
     if is_main:
-        save_final(run, model, tokenizer)
         plot_curves(run.folder)
     tracker.finish()
     accelerator.wait_for_everyone()

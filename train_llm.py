@@ -19,6 +19,7 @@ from checkpoint import (
     say_how_to_resume,
 )
 from curves import plot_curves
+from devices import distribute, gradient_sync, make_accelerator, stop_requested
 from models import CustomLLM, CustomLLMConfig
 from optimizers import (
     build_optimizers,
@@ -48,14 +49,12 @@ from training import (
     compile_blocks,
     count_tokens,
     generate_samples,
-    gradient_sync,
     is_due,
-    make_accelerator,
     make_loader,
     moe_metrics,
+    rank_batches,
     seed_everything,
     seed_step,
-    stop_requested,
     to_device,
     validate,
 )
@@ -172,7 +171,7 @@ def train(
         step, tokens_seen = run.state["step"], run.state["tokens_seen"]
         say(f"Resuming {run.folder} at step {step}.")
     compile_blocks(model, config["torch_compile"], device)
-    parallel_model = accelerator.prepare(model) if world > 1 else model
+    parallel_model = distribute(accelerator, model, model.model.layers, optimizers)
 
     # 6. Order of the data
     sampler = StepSampler(len(splits["train"]), config, rank, world, start_step=step)
@@ -180,8 +179,8 @@ def train(
     rows = splits["train"].with_format("numpy")
     batches = iter(make_loader(rows, collate, config["num_workers"], batch_sampler=sampler))
     held_out = splits["validation"].with_format("numpy")
-    held_out = held_out.select(range(rank, len(held_out), world))
-    validation = make_loader(held_out, collate, num_workers=0, batch_size=config["batch_size"])
+    parts = rank_batches(len(held_out), config["batch_size"], rank, world)
+    validation = make_loader(held_out, collate, num_workers=0, batch_sampler=parts)
     validation_bytes = target_bytes(splits["validation"], tokenizer)
 
     # 7. Tracking, and what is about to happen
@@ -244,21 +243,21 @@ def train(
                     check_finite(val_loss, precision, step, run.checkpoint, sampler)
                     tracker.log(metrics, step)
                     say(validation_line(metrics, step))
-                if due["sample"] and is_main:
+                if due["sample"]:
                     samples = generate_samples(model, tokenizer, SAMPLE_PROMPTS, precision)
                     tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-                if due["save"] and is_main:
+                if due["save"]:
                     state = {"step": step, "tokens_seen": meter.tokens_seen, "val_loss": val_loss}
                     state |= {"data_fingerprint": fingerprint, "wandb_id": tracker.wandb_id}
-                    save_checkpoint(run, model, optimizers, precision, state, config)
+                    save_checkpoint(run, model, optimizers, precision, state, config, is_main)
             if stopping and step < sampler.total_steps:
                 tracker.finish()
                 say_how_to_resume(run, stop, say)
                 raise SystemExit(0)
 
     # 9. Final save
+    save_final(run, model, tokenizer, is_main)
     if is_main:
-        save_final(run, model, tokenizer)
         plot_curves(run.folder)
     tracker.finish()
     accelerator.wait_for_everyone()

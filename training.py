@@ -1,11 +1,9 @@
 """Leaf functions that the three stage loops share: each does one thing and knows no stage."""
 
 import contextlib
-import ctypes
 import math
 import random
 import signal
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +11,12 @@ from functools import partial
 
 import numpy as np
 import torch
-import transformers
 from accelerate import Accelerator
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 
 from attention import ATTENTION_KERNELS
+from devices import whole_model
 from losses import IGNORE_INDEX
 
 # --- device and precision -----------------------------------------------------------------------
@@ -64,32 +62,6 @@ def make_precision(dtype: torch.dtype | None, device: torch.device) -> Precision
 def has_native_bf16() -> bool:
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-
-
-def make_accelerator() -> Accelerator:
-    # Precision and accumulation are spelled out in the loops; Accelerate places and distributes.
-    on_cpu = not torch.accelerator.is_available()  # said, or torchrun on a CPU would not distribute
-    if on_cpu:
-        keep_freed_memory()
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
-    if accelerator.distributed_type.startswith(("FSDP", "DEEPSPEED", "MEGATRON")):
-        raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; these scripts "
-            "hold the whole model on every GPU. Start them with torchrun, not accelerate launch."
-        )
-    transformers.utils.logging.disable_progress_bar()
-    return accelerator
-
-
-def keep_freed_memory():
-    """Let malloc reuse large blocks: by default each new tensor's pages are mapped and zeroed anew.
-
-    On a CPU that costs as much as the elementwise operations themselves. Only glibc has the knobs.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def seed_step(seed: int, step: int, rank: int):
@@ -194,6 +166,16 @@ def make_loader(rows, collate, num_workers: int, **sampling) -> DataLoader:
     )
 
 
+def rank_batches(rows: int, batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """This rank's batches of all rows in order: as many on every rank, though some may be empty.
+
+    Ranks with shards of a model must compute in step, also where nothing is trained.
+    """
+    starts = range(0, rows, batch_size * world)
+    steps = (np.arange(start, min(start + batch_size * world, rows)) for start in starts)
+    return [np.array_split(step, world)[rank].tolist() for step in steps]
+
+
 def count_tokens(micro_batches: list[dict], accelerator: Accelerator) -> tuple[int, int]:
     """(targets, real tokens) of a step, over all its micro-batches and all ranks.
 
@@ -209,11 +191,6 @@ def count_tokens(micro_batches: list[dict], accelerator: Accelerator) -> tuple[i
 
 def to_device(batch: dict, device: torch.device) -> dict:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def gradient_sync(accelerator: Accelerator, model, is_last: bool):
-    """Ranks exchange gradients once a step, with its last micro-batch."""
-    return contextlib.nullcontext() if is_last else accelerator.no_sync(model)
 
 
 # --- trouble -----------------------------------------------------------------------------------
@@ -271,8 +248,11 @@ def validate(model, loader, num_bytes: int, precision: Precision, accelerator) -
 
 @torch.no_grad()
 def generate_samples(model, tokenizer, prompts: list[str], precision, max_new_tokens=60):
-    """Sampled continuations of rendered prompts, the same random draws each time."""
-    model.eval()
+    """Sampled continuations of rendered prompts, the same random draws each time.
+
+    All ranks must call it, as the model may be sharded.
+    """
+    model = whole_model(model).eval()
     samples = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -313,14 +293,6 @@ class StopSignal:
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def stop_requested(stop: StopSignal, accelerator: Accelerator) -> bool:
-    """Whether any rank was asked to stop: all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return stop.received is not None
-    asked = torch.tensor(int(stop.received is not None), device=accelerator.device)
-    return bool(accelerator.reduce(asked, reduction="sum"))
 
 
 def is_due(config: dict, step: int, total_steps: int, stopping: bool) -> dict[str, bool]:

@@ -3,7 +3,9 @@
     python benchmarks/real_corpus.py --data ../shared/data/real --rounds 5
 
     packed   train_llm.py's own loop: data, collation, step, logging
-    padded   the same loop over rows of one document each, padded to max_seq_len
+    padded   the same loop over one document a row, cut and padded to max_seq_len: what is behind
+             its end is lost, as in many small trainers
+    split    the same, but a long document goes on in rows of its own
     step     forward, loss, backward and update alone, on batches that are ready: packed / step
              is what the loop costs
 
@@ -21,10 +23,11 @@ from peers import ROOT, print_table, run_rounds
 import train_data
 import train_llm
 from corpus import iter_documents
+from devices import make_accelerator
 from optimizers import build_optimizers, optimizer_step
 from packing import PackedCollator
 from tokenizer import train_tokenizer
-from training import StepSampler, choose_precision, count_tokens, make_accelerator, seed_everything
+from training import StepSampler, choose_precision, count_tokens, seed_everything
 
 CORPORA = ["pt_libreoffice_help", "pt_manpages_zh", "pt_china_law"]
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 1408, "vocab_size": 6400}  # 22 M
@@ -34,6 +37,11 @@ STEPS = 6  # counted, after one that warms up
 
 def one_document_a_row(segments, capacity: int):
     return [[segment] for segment in segments], 0
+
+
+def without_ends(encode, capacity: int):
+    """encode_plain for documents that end where their row does; the end of text token stays."""
+    return lambda tokenizer, texts: [ids[: capacity - 1] for ids in encode(tokenizer, texts)]
 
 
 def run_loop(config: dict) -> dict:
@@ -85,12 +93,15 @@ def run_steps(config: dict) -> dict:
 
 
 def run_variant(name: str, folder: Path, data: str) -> dict:
-    output = folder / ("padded" if name == "padded" else "packed")
+    output = folder / ("packed" if name == "step" else name)
     config = train_llm.DEFAULTS | SIZES | LOOP
     config |= {"dataset": data, "output_dir": str(output), "max_steps": STEPS + 2, "resume": False}
     config["tokenizer_path"] = str(folder / "tokenizer")
-    if name == "padded":
+    if name in ("padded", "split"):
         train_data.pack_segments = one_document_a_row
+    if name == "padded":
+        encode = train_data.encode_plain
+        train_data.encode_plain = without_ends(encode, config["max_seq_len"])
     return run_steps(config) if name == "step" else run_loop(config)
 
 
@@ -114,7 +125,7 @@ def main():
             (corpus / source.name).symlink_to(source.resolve())
         tokenizer = train_tokenizer(iter_documents(str(corpus)), SIZES["vocab_size"])
         tokenizer.save_pretrained(Path(name, "tokenizer"))
-        variants = ["packed", "padded", "step"]
+        variants = ["packed", "padded", "split", "step"]
         results = run_rounds(__file__, Path(name), variants, arguments.rounds, corpus)
     columns = {"tokens_per_second": "useful tokens/s", "useful": "useful tokens a step"}
     print_table(results, columns, "packed")

@@ -5,13 +5,35 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import devices
 
 FUNCTIONS = {"train_llm": "train", "sft_train": "train_sft", "dpo_train": "train_dpo"}
 
 
+class ShardingAccelerator(Accelerator):
+    """Configured for FSDP2, which Accelerate itself does not set up where there is no GPU."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        AcceleratorState._shared_state |= {
+            "distributed_type": DistributedType.FSDP,
+            "fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2),
+        }
+
+
 def main():
-    for stage, run_name, config in json.loads(sys.argv[1]):
+    # Muon multiplies in bf16: over shards it would sum, and so round, in another order.
+    torch.Tensor.bfloat16 = torch.Tensor.float
+    for stage, run_name, config, shard in json.loads(sys.argv[1]):
+        devices.Accelerator = ShardingAccelerator if shard else Accelerator
+        AcceleratorState._reset_state(reset_partial_state=False)
         train = getattr(importlib.import_module(stage), FUNCTIONS[stage])
         train(run_name=run_name, wandb_config=config)
 

@@ -1,12 +1,10 @@
 import math
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,10 +284,3 @@ def test_checkpointing_levels_keep_gradients_and_recompute_what_they_say(use_moe
     assert [calls[level].attention for level in calls] == [0, 0, layers, layers]
     assert calls[False].products < calls["attention"].products == calls["full"].products
     assert kept[True] == kept["full"] < kept["attention"] < kept[False]
-
-
-def test_a_launcher_that_shards_the_model_is_refused(monkeypatch):
-    sharded = SimpleNamespace(distributed_type=DistributedType.FSDP)
-    monkeypatch.setattr(training, "Accelerator", lambda **options: sharded)
-    with pytest.raises(ValueError, match="configured for FSDP; these scripts hold the whole model"):
-        training.make_accelerator()

@@ -1,0 +1,134 @@
+"""Two processes train as one: the same losses and weights, also when one run changes hands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from conftest import ROOT
+from ranks import FUNCTIONS
+from tiny import EXACT, crash_after, dpo_config, pretrain_config, sft_config, weights
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+import checkpoint
+import devices
+import train_llm
+import training
+from tracking import read_metrics
+
+TOGETHER = {"batch_size": 4, "gradient_accumulation_steps": 1}  # on each of two ranks
+ALONE = {"batch_size": 4, "gradient_accumulation_steps": 2}
+
+
+def run_alone(stage: str, run_name: str, config: dict) -> Path:
+    train = getattr(__import__(stage), FUNCTIONS[stage])
+    return Path(train(run_name=run_name, wandb_config=config | ALONE)).parent
+
+
+def run_on_two_ranks(jobs: list, folder: Path):
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "tests/ranks.py")]
+    done = subprocess.run(
+        [sys.executable, *words, json.dumps(jobs)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,  # ranks that wait for each other would do so for ever
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def muon_in_fp32():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, base_model, muon_in_fp32) -> dict[tuple, tuple[Path, Path]]:
+    """Folders of every kind of run, (alone, on two ranks); the ranks' all in one launch.
+
+    "handed on": begun alone, cut off, and ended by two ranks.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    samples = {"sample_every": 4}
+    jobs = {
+        "dense": ("train_llm", pretrain_config(folder, **samples)),
+        "muon": ("train_llm", pretrain_config(folder, optimizer="muon")),
+        "moe": ("train_llm", pretrain_config(folder, use_moe=True, moe_d_ff=32)),
+        "sft": ("sft_train", sft_config(folder, base_model, **samples)),
+        "dpo": ("dpo_train", dpo_config(folder, base_model, **samples)),
+        "handed on": ("train_llm", pretrain_config(folder, optimizer="muon", save_every=3)),
+    }
+    alone = {name: run_alone(stage, name, config) for name, (stage, config) in jobs.items()}
+    runs, words = {}, []
+    for mode in ("replicas", "shards"):
+        output = {"output_dir": str(folder / mode)}
+        for name, (stage, config) in jobs.items():
+            runs[name, mode] = alone[name], folder / mode / alone[name].parent.name / name
+            words.append([stage, name, config | TOGETHER | output, mode == "shards"])
+        cut_off(config | ALONE | output, runs["handed on", mode][1], steps=5)
+    printed = run_on_two_ranks(words, folder)
+    assert printed.count("Finished: ") == len(words)  # rank 0 alone speaks
+    assert printed.count("at step 3.") == 2
+    return runs
+
+
+def cut_off(config: dict, folder: Path, steps: int):
+    with pytest.MonkeyPatch.context() as patch:
+        crash_after(patch, train_llm, steps)
+        with pytest.raises(InterruptedError):
+            train_llm.train(run_name=folder.name, wandb_config=config)
+    checkpoint._LOCKS[folder].release()  # as death would
+
+
+@pytest.mark.parametrize("mode", ["replicas", "shards"])
+@pytest.mark.parametrize("name", ["dense", "muon", "moe", "sft", "dpo", "handed on"])
+def test_two_ranks_train_as_one_process_does(runs, name, mode):
+    alone, together = runs[name, mode]
+    expected, found = (read_metrics(folder / "metrics.jsonl") for folder in (alone, together))
+    assert [m["step"] for m in found] == [m["step"] for m in expected]
+    for one, two in zip(expected, found, strict=True):
+        for key in set(EXACT) & set(one):
+            assert two[key] == pytest.approx(one[key], abs=1e-5, rel=1e-5), (key, one["step"])
+    final = weights(together / "final")
+    for key, tensor in weights(alone / "final").items():
+        torch.testing.assert_close(final[key], tensor, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin"),
+    [
+        ("DEEPSPEED", {}),
+        ("FSDP", {"fsdp_version": 1}),
+        ("FSDP", {"cpu_offload": CPUOffloadPolicy()}),
+    ],
+)
+def test_a_launcher_set_to_what_these_scripts_cannot_do_is_refused(monkeypatch, kind, plugin):
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": OffloadPolicy()} | plugin)
+    configured = SimpleNamespace(
+        distributed_type=DistributedType[kind],
+        is_fsdp2=plugin.fsdp_version == 2,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+    monkeypatch.setattr(devices, "Accelerator", lambda **options: configured)
+    with pytest.raises(ValueError, match=f"configured for {kind} in a way .* do not know"):
+        devices.make_accelerator()
+
+
+@pytest.mark.parametrize(
+    ("rows", "world"), [(0, 2), (1, 2), (7, 1), (7, 2), (8, 2), (9, 2), (13, 3)]
+)
+def test_ranks_share_all_rows_in_equally_many_batches(rows, world):
+    parts = [training.rank_batches(rows, 2, rank, world) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    taken = [row for batches in zip(*parts, strict=True) for batch in batches for row in batch]
+    assert taken == list(range(rows))
+    assert all(len(batch) <= 2 for part in parts for batch in part)
