@@ -5,8 +5,8 @@ takes each as its `attention_mask`:
 
     None                          plain causal rows: SDPA picks its flash kernel
     bool (batch, 1, seq, keys)    any pattern: padding, packed rows, DPO's shared questions
-    int32 (documents + 1,)        packed rows on a GPU: flash attention over the documents alone,
-                                  no row-squared mask and no work across documents
+    int32 (documents + 1,)        packed rows: flash attention over the documents alone, no
+                                  row-squared mask and no work across documents
 """
 
 import torch
@@ -21,6 +21,7 @@ ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
 ]
+ONE_BY_ONE = {"cpu"}  # devices without a kernel for packed rows, where a call costs little
 
 
 def attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
@@ -37,14 +38,35 @@ def attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float = 0.0) -
             enable_gqa=is_grouped,
         )
     seq = q.shape[2]
+    if q.device.type in ONE_BY_ONE:
+        q, k, v = (rearrange(x, "b h s d -> 1 h (b s) d") for x in (q, k, v))
+        x = attend_one_by_one(q, k, v, attention_mask, is_grouped)
+        return rearrange(x, "1 h (b s) d -> b h s d", s=seq)
     q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
     bounds, longest = (attention_mask, attention_mask), (seq, seq)  # of queries, of keys
     x = varlen_attn(q, k, v, *bounds, *longest, window_size=(-1, 0), enable_gqa=is_grouped)
     return rearrange(x, "(b s) h d -> b h s d", s=seq)
 
 
-def has_varlen_kernel(weight: torch.Tensor, dropout: float) -> bool:
-    """Whether flash attention over documents runs for a model: 16-bit, on Ampere or newer."""
+@torch.compiler.disable  # it would be compiled anew for every batch's lengths
+def attend_one_by_one(q, k, v, bounds: torch.Tensor, is_grouped: bool) -> torch.Tensor:
+    """What varlen_attn does, on a CPU: q, k, v (1, heads, tokens, head_dim), document by document.
+
+    split, not slices: each slice's gradient would be a tensor of all tokens.
+    """
+    lengths = bounds.diff().tolist()
+    documents = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=is_grouped)
+        for document in documents
+    ]
+    return torch.cat(attended, dim=2)
+
+
+def can_attend_by_document(weight: torch.Tensor, dropout: float) -> bool:
+    """Whether attention over documents runs for a model: on a CPU, or 16-bit on Ampere or newer."""
+    if weight.device.type in ONE_BY_ONE:
+        return not dropout
     dtype = weight.dtype
     if torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)

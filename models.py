@@ -20,7 +20,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from attention import attend, build_attention_mask, has_varlen_kernel
+from attention import attend, build_attention_mask, can_attend_by_document
 from fused import norm_and_rotate, rms_norm
 from losses import IGNORE_INDEX, chunked_cross_entropy
 from model_config import CustomLLMConfig
@@ -128,7 +128,7 @@ class Backbone(nn.Module):
         """
         past = 0 if cache is None else cache.get_seq_length()
         dropout = self.config.dropout if self.training else 0.0
-        if cu_seq_lens_q is not None and has_varlen_kernel(self.embed_tokens.weight, dropout):
+        if cu_seq_lens_q is not None and can_attend_by_document(self.embed_tokens.weight, dropout):
             mask = cu_seq_lens_q
         else:
             mask = build_attention_mask(input_ids, attention_mask, position_ids, past)

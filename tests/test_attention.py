@@ -1,17 +1,14 @@
 """Attention: packed rows by document bounds equal packed rows by mask; which kernel runs."""
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attention
-from attention import ATTENTION_KERNELS, attend, build_attention_mask, has_varlen_kernel
+from attention import ATTENTION_KERNELS, attend, build_attention_mask, can_attend_by_document
 from models import CustomLLM, CustomLLMConfig
 from packing import PackedCollator
 from training import checkpoint_blocks
@@ -34,24 +31,11 @@ def packed_batch() -> dict:
     return PackedCollator(LENGTH, pad_token_id=0)(rows)
 
 
-def attend_by_document(q, k, v, cu_q, cu_k, max_q, max_k, window_size, enable_gqa):
-    """What torch's varlen_attn is documented to compute; itself it has no kernel on a CPU."""
-    assert (window_size, max_q, max_k) == ((-1, 0), LENGTH, LENGTH)
-    bounds, outputs = cu_q.tolist(), []
-    assert bounds == cu_k.tolist()
-    for start, end in pairwise(bounds):
-        document = (rearrange(x[start:end], "s h d -> 1 h s d") for x in (q, k, v))
-        x = F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=enable_gqa)
-        outputs.append(rearrange(x, "1 h s d -> s h d"))
-    return torch.cat(outputs)
-
-
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 def test_packed_rows_by_bounds_equal_packed_rows_by_mask(monkeypatch, use_moe):
     model, batch, results = tiny_model(use_moe=use_moe), packed_batch(), []
     for by_bounds in (False, True):
-        monkeypatch.setattr(attention, "varlen_attn", attend_by_document if by_bounds else None)
-        monkeypatch.setattr("models.has_varlen_kernel", lambda *_, answer=by_bounds: answer)
+        monkeypatch.setattr("models.can_attend_by_document", lambda *_, answer=by_bounds: answer)
         model.zero_grad()
         output = model(**batch)
         output.loss.backward()
@@ -64,7 +48,8 @@ def test_packed_rows_by_bounds_equal_packed_rows_by_mask(monkeypatch, use_moe):
 @pytest.mark.parametrize("level", [False, "attention", "full"])
 def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(monkeypatch, level):
     # Shapes only: tensors without contents, since the kernel itself needs a GPU.
-    monkeypatch.setattr("models.has_varlen_kernel", lambda *_: True)
+    monkeypatch.setattr("models.can_attend_by_document", lambda *_: True)
+    monkeypatch.setattr(attention, "ONE_BY_ONE", set())
     monkeypatch.setattr("losses.SKIPS_IGNORED", set())  # as on a GPU
     kernels, mode = [], FakeTensorMode()
     with mode:
@@ -118,7 +103,6 @@ def test_both_plain_and_masked_rows_run_in_the_flash_kernel(masked):
         ("cuda", torch.float32, 0.0, (8, 6), False),
         ("cuda", torch.float16, 0.1, (8, 6), False),  # the kernel has no dropout
         ("cuda", torch.float16, 0.0, (7, 5), False),  # flash attention needs Ampere
-        ("cpu", torch.bfloat16, 0.0, (8, 6), False),
     ],
 )
 def test_the_varlen_kernel_is_chosen_where_it_runs(
@@ -126,9 +110,23 @@ def test_the_varlen_kernel_is_chosen_where_it_runs(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert has_varlen_kernel(weight, dropout) is expected
+    assert can_attend_by_document(weight, dropout) is expected
     weight.dtype = torch.float32
-    assert not has_varlen_kernel(weight, dropout)
+    assert not can_attend_by_document(weight, dropout)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: dtype)
-    assert has_varlen_kernel(weight, dropout) is expected
+    assert can_attend_by_document(weight, dropout) is expected
+
+
+def test_on_a_cpu_every_document_runs_in_the_flash_kernel_by_itself():
+    model, batch, kernels = tiny_model(), packed_batch(), []
+    weight = model.lm_head.weight
+    assert (can_attend_by_document(weight, 0.0), can_attend_by_document(weight, 0.1)) == (
+        True,
+        False,
+    )
+    with RecordKernels(kernels):
+        model(**batch)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    documents = len(batch["cu_seq_lens_q"]) - 1
+    assert kernels == [kernel] * documents * model.config.n_layers
