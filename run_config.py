@@ -115,6 +115,8 @@ def _broken_number_rule(key: str, value, whole: bool) -> str | None:
 def _broken_text_rule(value) -> str | None:
     if not isinstance(value, str):
         return "text"
+    if not value.strip():
+        return "text that is not empty"
     # Neither can stand in a file name or in run.json.
     has_surrogate = any("\ud800" <= character <= "\udfff" for character in value)
     return "text without NULs and lone surrogates" if has_surrogate or "\0" in value else None

@@ -205,7 +205,7 @@ def check_finite(loss: float, precision: Precision, step: int, last_checkpoint, 
 
     The loss alone would not do: it is of before the update, in which gradients of inf become NaN.
     """
-    norms = [float(norm) for norm in precision.grad_norms]
+    norms = torch.stack(precision.grad_norms).tolist() if precision.grad_norms else []
     precision.grad_norms.clear()
     bad = [i for i, norm in enumerate(norms, step - len(norms) + 1) if not math.isfinite(norm)]
     ruined, scale = bad[0] if bad else step, precision.scaler.get_scale()

@@ -37,6 +37,7 @@ def test_an_unknown_key_names_the_nearest_and_all_problems_come_together():
         ("batch_size", True, "a whole number"),
         ("use_moe", 1, "True or False"),
         ("dataset", 3, "text"),
+        ("dataset", " ", "text that is not empty"),
         ("learning_rate", float("nan"), "a number"),
         ("mixed_precision", "int8", "one of 'fp16', 'bf16', 'no'"),
         ("torch_compile", 1, "one of 'auto', True, False"),
