@@ -34,9 +34,10 @@ def make_pairs(model_path: str, prompts_path: str, output: str, limit: int | Non
     with open(output, "a", encoding="utf-8") as stream:
         for messages in tqdm(conversations, disable=None, unit="prompt"):
             *prompt, answer = messages
-            if answer["role"] != "assistant" or _key(prompt) in done:
+            key = _key(prompt)
+            if answer["role"] != "assistant" or key in done:
                 continue
-            done.add(_key(prompt))
+            done.add(key)
             rejected = sample_reply(model, tokenizer, prompt)
             if rejected.strip() and rejected.strip() != answer["content"].strip():
                 record = {"chosen": answer["content"], "rejected": rejected}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,8 @@ def runs(tmp_path_factory, base_model, muon_in_fp32) -> dict[tuple, tuple[Path, 
         for name, (stage, config) in jobs.items():
             runs[name, mode] = alone[name], folder / mode / alone[name].parent.name / name
             words.append([stage, name, config | TOGETHER | output, mode == "shards"])
-        cut_off(config | ALONE | output, runs["handed on", mode][1], steps=5)
+        handed_on = jobs["handed on"][1] | ALONE | output
+        cut_off(handed_on, runs["handed on", mode][1], steps=5)
     printed = run_on_two_ranks(words, folder)
     assert printed.count("Finished: ") == len(words)  # rank 0 alone speaks
     assert printed.count("at step 3.") == 2
@@ -99,6 +101,22 @@ def test_two_ranks_train_as_one_process_does(runs, name, mode):
         for key in set(EXACT) & set(one):
             assert two[key] == pytest.approx(one[key], abs=1e-5, rel=1e-5), (key, one["step"])
     final = weights(together / "final")
+    for key, tensor in weights(alone / "final").items():
+        torch.testing.assert_close(final[key], tensor, atol=2e-4, rtol=0)
+
+
+def test_a_sharded_run_is_ended_by_one_process(runs, tmp_path, muon_in_fp32, capsys):
+    alone, sharded = runs["muon", "shards"]
+    taken = tmp_path / "checkpoints" / "pretrain" / "taken"
+    shutil.copytree(sharded, taken)
+    shutil.rmtree(taken / "final")
+    shutil.rmtree(max(taken.glob("step_*")))  # what the end saved
+    config = json.loads((taken / "run.json").read_text(encoding="utf-8")) | ALONE
+    del config["num_processes"]
+    config["output_dir"] = str(tmp_path / "checkpoints")
+    train_llm.train(run_name="taken", wandb_config=config)
+    assert "at step 16." in capsys.readouterr().out
+    final = weights(taken / "final")
     for key, tensor in weights(alone / "final").items():
         torch.testing.assert_close(final[key], tensor, atol=2e-4, rtol=0)
 

@@ -245,7 +245,7 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     trainer.model.eval()
     loss = trainer.compute_loss(trainer.model, theirs)
     loss.backward()
-    assert float(losses.mean()) == pytest.approx(float(loss), abs=1e-5)
+    assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-5)
     logged_rewards = trainer._metrics["eval" if not trainer.model.training else "train"]
     chosen = logged_rewards["rewards/chosen"][-1]
     assert float(sums[1]) / len(pairs) == pytest.approx(chosen, abs=1e-5)
