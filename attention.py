@@ -7,6 +7,8 @@ takes each as its `attention_mask`:
     bool (batch, 1, seq, keys)    any pattern: padding, packed rows, DPO's shared questions
     int32 (documents + 1,)        packed rows: flash attention over the documents alone, no
                                   row-squared mask and no work across documents
+
+A CPU takes the first and the last in blocks of queries: blocked_attention.py.
 """
 
 import torch
@@ -14,19 +16,25 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.attention.varlen import varlen_attn
 
+from blocked_attention import blocked_attention
+
 ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.llm.blocked_attention.default,
 ]
-ONE_BY_ONE = {"cpu"}  # devices without a kernel for packed rows, where a call costs little
+IN_BLOCKS = {"cpu"}  # devices whose causal attention is blocked_attention.py's
 
 
 def attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
     """q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys, head_dim) -> q's shape."""
-    is_grouped = q.shape[1] != k.shape[1]
+    is_grouped, (rows, _, seq, _) = q.shape[1] != k.shape[1], q.shape
+    in_blocks = q.device.type in IN_BLOCKS and not dropout
+    if attention_mask is None and in_blocks:  # every row is a document
+        attention_mask = torch.arange(0, (rows + 1) * seq, seq, dtype=torch.int32)
     if attention_mask is None or attention_mask.ndim == 4:
         return F.scaled_dot_product_attention(
             q,
@@ -37,35 +45,18 @@ def attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float = 0.0) -
             dropout_p=dropout,
             enable_gqa=is_grouped,
         )
-    seq = q.shape[2]
-    if q.device.type in ONE_BY_ONE:
-        q, k, v = (rearrange(x, "b h s d -> 1 h (b s) d") for x in (q, k, v))
-        x = attend_one_by_one(q, k, v, attention_mask, is_grouped)
-        return rearrange(x, "1 h (b s) d -> b h s d", s=seq)
     q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
-    bounds, longest = (attention_mask, attention_mask), (seq, seq)  # of queries, of keys
-    x = varlen_attn(q, k, v, *bounds, *longest, window_size=(-1, 0), enable_gqa=is_grouped)
+    if in_blocks:
+        x = blocked_attention(q, k, v, attention_mask)
+    else:
+        bounds, longest = (attention_mask, attention_mask), (seq, seq)  # of queries, of keys
+        x = varlen_attn(q, k, v, *bounds, *longest, window_size=(-1, 0), enable_gqa=is_grouped)
     return rearrange(x, "(b s) h d -> b h s d", s=seq)
-
-
-@torch.compiler.disable  # it would be compiled anew for every batch's lengths
-def attend_one_by_one(q, k, v, bounds: torch.Tensor, is_grouped: bool) -> torch.Tensor:
-    """What varlen_attn does, on a CPU: q, k, v (1, heads, tokens, head_dim), document by document.
-
-    split, not slices: each slice's gradient would be a tensor of all tokens.
-    """
-    lengths = bounds.diff().tolist()
-    documents = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    attended = [
-        F.scaled_dot_product_attention(*document, is_causal=True, enable_gqa=is_grouped)
-        for document in documents
-    ]
-    return torch.cat(attended, dim=2)
 
 
 def can_attend_by_document(weight: torch.Tensor, dropout: float) -> bool:
     """Whether attention over documents runs for a model: on a CPU, or 16-bit on Ampere or newer."""
-    if weight.device.type in ONE_BY_ONE:
+    if weight.device.type in IN_BLOCKS:
         return not dropout
     dtype = weight.dtype
     if torch.is_autocast_enabled(weight.device.type):

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+import attention
 import losses
 import train_llm
 from corpus import iter_documents
@@ -48,16 +49,19 @@ READ_AT_MOST = 20_000_000  # characters; a larger corpus is estimated from its b
 
 
 @contextlib.contextmanager
-def losses_as_on_a_gpu():
-    """Chunks of the vocabulary's logits as large as on a GPU, and no look at the labels."""
-    budget, skips = losses.LOGITS_BUDGET["cpu"], set(losses.SKIPS_IGNORED)
+def as_on_a_gpu():
+    """Chunks of logits as large as on a GPU, no look at the labels, and SDPA's attention."""
+    budget, ignored = losses.LOGITS_BUDGET["cpu"], set(losses.SKIPS_IGNORED)
+    in_blocks = set(attention.IN_BLOCKS)
     losses.LOGITS_BUDGET["cpu"] = losses.LOGITS_BUDGET["cuda"]
     losses.SKIPS_IGNORED.clear()
+    attention.IN_BLOCKS.clear()
     try:
         yield
     finally:
         losses.LOGITS_BUDGET["cpu"] = budget
-        losses.SKIPS_IGNORED.update(skips)
+        losses.SKIPS_IGNORED.update(ignored)
+        attention.IN_BLOCKS.update(in_blocks)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -147,7 +151,7 @@ class StepMemory:
         return batch
 
     def _run(self, batch: dict):
-        with losses_as_on_a_gpu():
+        with as_on_a_gpu():
             stage_loss(self.script, self.model, batch, self.precision, self.config).backward()
 
     def _step(self):

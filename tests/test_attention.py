@@ -49,7 +49,7 @@ def test_packed_rows_by_bounds_equal_packed_rows_by_mask(monkeypatch, use_moe):
 def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(monkeypatch, level):
     # Shapes only: tensors without contents, since the kernel itself needs a GPU.
     monkeypatch.setattr("models.can_attend_by_document", lambda *_: True)
-    monkeypatch.setattr(attention, "ONE_BY_ONE", set())
+    monkeypatch.setattr(attention, "IN_BLOCKS", set())
     monkeypatch.setattr("losses.SKIPS_IGNORED", set())  # as on a GPU
     kernels, mode = [], FakeTensorMode()
     with mode:
@@ -85,14 +85,20 @@ class RecordKernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("masked", [False, True])
-def test_both_plain_and_masked_rows_run_in_the_flash_kernel(masked):
+def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(monkeypatch, masked, dropout):
     q, k, v = torch.randn(3, 2, 4, 8, 16, generator=torch.manual_seed(0)).unbind()
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril() if masked else None
-    kernels = []
-    with RecordKernels(kernels):
-        attend(q, k[:, :2], v[:, :2], mask)
-    assert kernels == [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    expected = {True: [flash], False: [torch.ops.llm.blocked_attention.default]}[masked]
+    for devices in ({"cpu"}, set()):  # as on a CPU; as on a GPU
+        kernels = []
+        monkeypatch.setattr(attention, "IN_BLOCKS", devices)
+        with RecordKernels(kernels):
+            attend(q, k[:, :2], v[:, :2], mask, dropout)
+        # SDPA's CPU kernel has no dropout: it is written out there.
+        assert kernels == ([] if dropout else expected if devices else [flash])
 
 
 @pytest.mark.parametrize(
@@ -118,15 +124,10 @@ def test_the_varlen_kernel_is_chosen_where_it_runs(
     assert can_attend_by_document(weight, dropout) is expected
 
 
-def test_on_a_cpu_every_document_runs_in_the_flash_kernel_by_itself():
+def test_on_a_cpu_packed_rows_run_in_one_call_a_layer():
     model, batch, kernels = tiny_model(), packed_batch(), []
     weight = model.lm_head.weight
-    assert (can_attend_by_document(weight, 0.0), can_attend_by_document(weight, 0.1)) == (
-        True,
-        False,
-    )
+    assert [can_attend_by_document(weight, dropout) for dropout in (0.0, 0.1)] == [True, False]
     with RecordKernels(kernels):
         model(**batch)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    documents = len(batch["cu_seq_lens_q"]) - 1
-    assert kernels == [kernel] * documents * model.config.n_layers
+    assert kernels == [torch.ops.llm.blocked_attention.default] * model.config.n_layers

@@ -52,7 +52,7 @@ def test_losses_are_as_before_after_planning():
     from losses import LOGITS_BUDGET, SKIPS_IGNORED
 
     before = dict(LOGITS_BUDGET), set(SKIPS_IGNORED)
-    with plan.losses_as_on_a_gpu():
+    with plan.as_on_a_gpu():
         assert LOGITS_BUDGET["cpu"] == LOGITS_BUDGET["cuda"]
         assert not SKIPS_IGNORED
     assert before == (LOGITS_BUDGET, SKIPS_IGNORED)
