@@ -5,8 +5,9 @@
 
 The plain recipe is torch's AdamW at a constant 5e-4 over BUDGET rows. Every other recipe climbs a
 ladder of smaller budgets, each a run of its own with its own schedule, until its validation bits
-per byte are as low, then tries one budget between; the seconds of the shorter run that does count. All share data, machine, seeds, the order of
-rows and the number of parameters (within 3 %). Only training steps are timed.
+per byte are as low, then tries one budget between; the seconds of the shortest run that does count.
+All share data, machine, seeds, the order of rows and the number of parameters (within 3 %). Only
+training steps are timed.
 """
 
 import argparse
