@@ -91,7 +91,8 @@ def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(monkeypatch, ma
     q, k, v = torch.randn(3, 2, 4, 8, 16, generator=torch.manual_seed(0)).unbind()
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril() if masked else None
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    expected = {True: [flash], False: [torch.ops.llm.blocked_attention.default]}[masked]
+    blocked = torch.ops.llm.blocked_attention.default
+    expected = [flash] if masked else [blocked]
     for devices in ({"cpu"}, set()):  # as on a CPU; as on a GPU
         kernels = []
         monkeypatch.setattr(attention, "IN_BLOCKS", devices)

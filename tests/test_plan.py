@@ -48,14 +48,16 @@ def test_the_largest_batch_fits_and_a_twentieth_more_does_not():
         assert memory.peak_of_backward(size, level) == memory.peak(size, level)["total"]
 
 
-def test_losses_are_as_before_after_planning():
+def test_losses_and_attention_are_as_before_after_planning():
+    from attention import IN_BLOCKS
     from losses import LOGITS_BUDGET, SKIPS_IGNORED
 
-    before = dict(LOGITS_BUDGET), set(SKIPS_IGNORED)
+    before = dict(LOGITS_BUDGET), set(SKIPS_IGNORED), set(IN_BLOCKS)
     with plan.as_on_a_gpu():
         assert LOGITS_BUDGET["cpu"] == LOGITS_BUDGET["cuda"]
         assert not SKIPS_IGNORED
-    assert before == (LOGITS_BUDGET, SKIPS_IGNORED)
+        assert not IN_BLOCKS
+    assert before == (LOGITS_BUDGET, SKIPS_IGNORED, IN_BLOCKS)
 
 
 def test_characters_are_counted_and_a_large_corpus_is_estimated(tmp_path, monkeypatch):
