@@ -2,10 +2,11 @@
 
 Written out as separate operations they would keep every intermediate, several of them in fp32.
 Here only the input is kept, in the dtype it came in, and one number per normalised vector.
-torch.compile traces through both and fuses what is left.
+torch.compile traces through both, fuses what is left, and keeps the input alone.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -16,6 +17,16 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def apply(function, *inputs):
+    """function(*inputs); a compiled graph is told to compute it again in backward.
+
+    It would keep the result beside the input, for the product or the attention that takes it.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(function.apply, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return function.apply(*inputs)
 
 
 def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +64,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     Returned in the dtype that the next matrix product takes, so that it is rounded once.
     """
-    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
+    return apply(_RMSNorm, x, weight, eps, compute_dtype(x))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -89,4 +100,4 @@ def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
     x (batch, heads, seq, head_dim), weight (head_dim,), cos and sin fp32
     (batch, 1, seq, head_dim / 2); returns x's shape and dtype.
     """
-    return _NormAndRotate.apply(x, weight, cos, sin, eps)
+    return apply(_NormAndRotate, x, weight, cos, sin, eps)

@@ -76,6 +76,27 @@ def test_only_the_inputs_are_kept_for_backward():
     assert kept == x.nbytes + scale + small
 
 
+@pytest.mark.parametrize("rotates", [False, True])
+def test_a_compiled_graph_keeps_the_inputs_alone_and_gives_equal_gradients(rotates):
+    double = {"dtype": torch.float64, "requires_grad": True}
+    x, matrix = torch.randn(2, 2, 16, 32, **double), torch.randn(32, 32, **double)
+    weight, (cos, sin) = torch.ones(32, **double), angles(16, 32, torch.float64)
+
+    def function(x):  # ends in a product, which gives autograd its own input to keep
+        y = norm_and_rotate(x, weight, cos, sin, EPS) if rotates else rms_norm(x, weight, EPS)
+        return y @ matrix
+
+    compiled = torch.compile(function, backend="aot_eager_decomp_partition", fullgraph=True)
+    gradients = [
+        torch.autograd.grad(run(x).square().sum(), (x, weight, matrix))
+        for run in (function, compiled)
+    ]
+    torch.testing.assert_close(*gradients)
+    inputs = [x, weight, matrix, *((cos, sin) if rotates else ())]
+    assert kept_bytes(lambda: compiled(x)) == sum(t.nbytes for t in inputs)
+    assert kept_bytes(lambda: function(x)) > sum(t.nbytes for t in inputs) + x.nbytes
+
+
 def test_recomputing_gives_equal_gradients_and_keeps_less():
     layer, x = SwiGLU(16, 64), torch.randn(4, 32, 16, requires_grad=True)
 
