@@ -18,7 +18,6 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from models import CustomLLM, CustomLLMConfig  # noqa: E402
-from tokenizer import IM_END, train_tokenizer  # noqa: E402
 from training import has_native_bf16, make_precision  # noqa: E402
 
 SIZES = {"d_model": 256, "n_heads": 4, "n_layers": 4, "d_ff": 704, "max_seq_len": 512}
@@ -36,6 +35,8 @@ def read_jsonl(path: Path, count: int) -> list[dict]:
 
 def save_model(folder: Path, texts: list[str]):
     """One random model and its tokenizer, saved: every peer starts from this folder."""
+    from tokenizer import IM_END, train_tokenizer  # 80 MB that a variant's memory need not hold
+
     tokenizer = train_tokenizer(texts, 6400)
     tokenizer.eos_token = IM_END
     torch.manual_seed(0)
