@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
-# Elements of one chunk of logits: 32 MB of fp32 on a CPU, on a GPU 128 MB of fp32.
-LOGITS_BUDGET = {"cpu": 2**23, "cuda": 2**25}
+# Elements of one chunk of logits: on a CPU what its cache holds, on a GPU 128 MB of fp32.
+LOGITS_BUDGET = {"cpu": 2**22, "cuda": 2**25}
+LEAST_TOKENS = 256  # of a chunk: each adds to the head's whole gradient, fewer would be slow
 # Where positions without a target are left out first: free on a CPU, but a GPU would have to wait
 # until their number is known.
 SKIPS_IGNORED = {"cpu"}
 
 
 def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
-    return max(16, LOGITS_BUDGET.get(device.type, 2**24) // vocab_size)
+    return max(LEAST_TOKENS, LOGITS_BUDGET.get(device.type, 2**24) // vocab_size)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

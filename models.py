@@ -241,10 +241,11 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         targets = labels[:, 1:]
         if position_ids is not None:
             targets = targets.masked_fill(position_ids[:, 1:] == 0, IGNORE_INDEX)
+        targets = F.pad(targets, (0, 1), value=IGNORE_INDEX)  # a row's end predicts nothing
         num_targets = (targets != IGNORE_INDEX).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_targets.clamp(min=1)
-        hidden = rearrange(hidden[:, :-1], "b s d -> (b s) d")
+        hidden = rearrange(hidden, "b s d -> (b s) d")
         loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
         loss = loss / num_items_in_batch
         if aux_loss is not None and self.training:

@@ -30,6 +30,7 @@ on_cpu_and_as_on_gpu = pytest.mark.parametrize(
 def small_chunks(monkeypatch):
     """Ten chunks, the last of them ragged."""
     monkeypatch.setattr(losses, "LOGITS_BUDGET", {"cpu": CHUNK * VOCAB})
+    monkeypatch.setattr(losses, "LEAST_TOKENS", 1)
     assert tokens_per_chunk(VOCAB, torch.device("cpu")) == CHUNK
 
 
@@ -196,4 +197,4 @@ def test_log_probs_sum_to_minus_the_cross_entropy(small_chunks):
 def test_chunk_shrinks_as_the_vocabulary_grows_to_a_floor():
     cpu = torch.device("cpu")
     assert tokens_per_chunk(1000, cpu) == losses.LOGITS_BUDGET["cpu"] // 1000
-    assert tokens_per_chunk(10**9, cpu) == 16
+    assert tokens_per_chunk(10**9, cpu) == losses.LEAST_TOKENS
