@@ -2,7 +2,8 @@
 
 Written out as separate operations they would keep every intermediate, several of them in fp32.
 Here only the input is kept, in the dtype it came in, and one number per normalised vector.
-torch.compile traces through both, fuses what is left, and keeps the input alone.
+torch.compile traces through both, fuses what is left, and keeps the input alone. recompute() does
+the same for any function, at the price of running it again.
 """
 
 import torch
@@ -19,13 +20,24 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def apply(function, *inputs):
-    """function(*inputs); a compiled graph is told to compute it again in backward.
+def recompute(function, *tensors):
+    """function(*tensors), keeping only the tensors: what is between is computed again in backward.
 
-    It would keep the result beside the input, for the product or the attention that takes it.
+    Recomputation stops before the last matrix product, whose result backward does not need.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    # With the same random numbers: an adapter on the last product may have dropout.
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
+def apply(function, *inputs):
+    """function.apply(*inputs) of a torch.autograd.Function, in a compiled graph with recompute().
+
+    The graph would keep the result beside its input, for the product or attention that takes it.
     """
     if torch.compiler.is_compiling():
-        return checkpoint(function.apply, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return recompute(function.apply, *inputs)
     return function.apply(*inputs)
 
 

@@ -4,20 +4,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from fused import recompute
 from model_config import CustomLLMConfig
-
-
-def recompute(function, *tensors):
-    """function(*tensors), keeping only the tensors: what is between is computed again in backward.
-
-    Recomputation stops before the last matrix product, whose result backward does not need.
-    """
-    if not torch.is_grad_enabled():
-        return function(*tensors)
-    # With the same random numbers: an adapter on the last product may have dropout.
-    return checkpoint(function, *tensors, use_reentrant=False)
 
 
 class SwiGLU(nn.Module):

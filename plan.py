@@ -181,7 +181,8 @@ def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
         return peaks[size] <= room
 
     # Below so many rows the chunk of logits still grows with them.
-    rows = math.ceil(losses.LOGITS_BUDGET["cuda"] / memory.model.config.vocab_size / memory.length)
+    chunk = losses.tokens_per_chunk(memory.model.config.vocab_size, torch.device("cuda"))
+    rows = math.ceil(chunk / memory.length)
     fits(rows), fits(2 * rows)
     for _ in range(3):  # along the line through the two measured sizes that come nearest
         one, two = sorted(sorted(peaks, key=lambda size: abs(peaks[size] - room))[:2])

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused import norm_and_rotate, rms_norm, rotate
-from moe import SwiGLU, recompute
+from fused import norm_and_rotate, recompute, rms_norm, rotate
+from moe import SwiGLU
 
 EPS = 1e-6
 
