@@ -26,7 +26,7 @@ ATTENTION_KERNELS = [
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.llm.blocked_attention.default,
 ]
-IN_BLOCKS = {"cpu"}  # devices whose causal attention is blocked_attention.py's
+IN_BLOCKS = {"cpu"}  # devices that take blocked_attention.py's attention, blocked_swiglu.py's MLP
 
 
 def attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:

@@ -250,6 +250,7 @@ def train_dpo(
                     loss = losses.sum() / num_pairs
                     # Ranks' gradients are averaged: times their number, they are summed.
                     precision.scaler.scale(loss * world).backward()
+                del logps, losses, loss  # and their graph, before the next forward
                 sums += totals
             grad_norm = optimizer_step(model, optimizers, precision, config["max_grad_norm"])
             step += 1

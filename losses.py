@@ -21,6 +21,23 @@ def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
     return max(LEAST_TOKENS, LOGITS_BUDGET.get(device.type, 2**24) // vocab_size)
 
 
+def loss_of_chunk(logits, targets, needs_grad: bool):
+    """Summed cross entropy of logits (chunk, vocab), and its gradient in their dtype, or None."""
+    is_target, dtype = targets != IGNORE_INDEX, logits.dtype
+    index = targets.clamp(min=0).unsqueeze(1)  # (chunk, 1); any class where ignored
+    logits = logits.float()
+    highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, index)
+    exps = logits.sub_(highest).exp_()  # in place: a softmax in one pass of exponentials
+    total = exps.sum(-1, keepdim=True)  # (chunk, 1)
+    losses = (total.log() + highest - at_target).squeeze(1)
+    if not needs_grad:
+        return (losses * is_target).sum(), None
+    counts = is_target.unsqueeze(1).float()  # (chunk, 1)
+    # d loss / d logits = softmax - one_hot(target)
+    grad = exps.mul_(counts / total).scatter_add_(1, index, -counts).to(dtype)
+    return (losses * is_target).sum(), grad
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross entropy whose gradients are computed during forward, chunk by chunk.
 
@@ -29,32 +46,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, rows):
         needs_grad = any(ctx.needs_input_grad)
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
         head = weight.to(dtype)  # (vocab, d_model), cast once for all chunks
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         size = tokens_per_chunk(weight.shape[0], hidden.device)
-        for start in range(0, hidden.shape[0], size):
-            rows = slice(start, start + size)
-            chunk, target = hidden[rows].to(dtype), targets[rows]
-            is_target = target != IGNORE_INDEX
-            index = target.clamp(min=0).unsqueeze(1)  # (chunk, 1); any class where ignored
-            logits = F.linear(chunk, head).float()  # (chunk, vocab)
-            highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, index)
-            exps = logits.sub_(highest).exp_()  # in place: a softmax in one pass of exponentials
-            total = exps.sum(-1, keepdim=True)  # (chunk, 1)
-            losses = (total.log() + highest - at_target).squeeze(1)
-            loss += (losses * is_target).sum()
-            if needs_grad:  # d loss / d logits = softmax - one_hot(target)
-                counts = is_target.unsqueeze(1).float()  # (chunk, 1)
-                grad = exps.mul_(counts / total).scatter_add_(1, index, -counts).to(dtype)
-                grad_hidden[rows] = grad @ head
+        for start in range(0, len(targets) if rows is None else len(rows), size):
+            part = slice(start, start + size) if rows is None else rows[start : start + size]
+            chunk = hidden[part].to(dtype)
+            chunk_loss, grad = loss_of_chunk(F.linear(chunk, head), targets[part], needs_grad)
+            loss += chunk_loss
+            if needs_grad:
+                grad_hidden[part] = (grad @ head).to(hidden.dtype)
                 grad_weight += grad.T @ chunk
+                del grad  # or it would be held beside the next chunk's logits
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -62,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None
+        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None
 
 
 def chunked_cross_entropy(
@@ -75,10 +85,10 @@ def chunked_cross_entropy(
         weight: (vocab, d_model), the output head.
         targets: int64 (tokens,); IGNORE_INDEX is no target.
     """
+    rows = None
     if hidden.device.type in SKIPS_IGNORED:
         rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        hidden, targets = hidden[rows], targets[rows]
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
 
 
 def token_log_probs(

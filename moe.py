@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from fused import recompute
+import attention
+from blocked_swiglu import blocked_swiglu
+from fused import compute_dtype, recompute
 from model_config import CustomLLMConfig
 
 
@@ -20,6 +22,12 @@ class SwiGLU(nn.Module):
         self.down_proj.writes_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        plain = all(type(layer) is nn.Linear for layer in projections)  # not an adapter's
+        if plain and torch.is_grad_enabled() and x.device.type in attention.IN_BLOCKS:
+            tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # (tokens, d_model)
+            weights = (layer.weight for layer in projections)
+            return blocked_swiglu(tokens, *weights)[0].view(x.shape)
         gate, up = self.gate_proj(x), self.up_proj(x)
         return recompute(lambda gate, up: self.down_proj(F.silu(gate) * up), gate, up)
 

@@ -53,6 +53,7 @@ from training import (
     choose_precision,
     compile_blocks,
     count_tokens,
+    detached,
     generate_samples,
     is_due,
     make_loader,
@@ -223,7 +224,8 @@ def train_sft(
                         )
                     # Ranks' gradients are averaged: times their number, they are summed.
                     precision.scaler.scale(output.loss * world).backward()
-                step_loss += output.loss.detach()
+                output = detached(output)
+                step_loss += output.loss
             grad_norm = optimizer_step(model, optimizers, precision, config["max_grad_norm"])
             step += 1
             meter.count(tokens)

@@ -310,6 +310,15 @@ def is_due(config: dict, step: int, total_steps: int, stopping: bool) -> dict[st
     return due
 
 
+def detached(output):
+    """A model's output without its graph, which would else live until the next forward has ended.
+
+    On a CPU the graph's many small objects then lie between the next step's tensors, and malloc
+    cannot use again what they separate.
+    """
+    return type(output)(**{name: tensor.detach() for name, tensor in output.items()})
+
+
 def moe_metrics(output) -> dict:
     """Balancing loss (1: balanced) and the busiest expert's share of tokens; {} when dense."""
     if output.aux_loss is None:

@@ -1,4 +1,6 @@
-"""A step never makes the GPU wait for its host; counted on a CPU, where waiting costs nothing."""
+"""A step never makes the GPU wait for its host, counted on a CPU; and it leaves no graph behind."""
+
+import weakref
 
 import pytest
 import torch
@@ -103,6 +105,39 @@ def test_an_sft_step_never_waits_for_the_device(monkeypatch, tmp_path, base_mode
 def test_a_dpo_step_never_waits_for_the_device(monkeypatch, tmp_path, base_model):
     config = dpo_config(tmp_path, base_model)
     assert looks_in_a_step(monkeypatch, dpo_train, dpo_train.train_dpo, config) == [0, 0, 0]
+
+
+class Mark:
+    """Lives as long as the graph that it is put into."""
+
+
+@pytest.mark.parametrize("stage", [train_llm, sft_train, dpo_train])
+def test_a_micro_batchs_graph_is_gone_before_the_next_forward(
+    monkeypatch, tmp_path, base_model, stage
+):
+    marks, alive, backward, to_device = [], [], torch.Tensor.backward, stage.to_device
+
+    def mark_and_run(loss):  # loss * world: the one before is what the loop has a name for
+        mark = Mark()
+        loss.grad_fn.next_functions[0][0].metadata["mark"] = mark
+        marks.append(weakref.ref(mark))
+        backward(loss)
+        alive.append(marks[-1]() is not None)
+
+    def look_and_move(*arguments):
+        alive.append(any(mark() for mark in marks))
+        return to_device(*arguments)
+
+    monkeypatch.setattr(torch.Tensor, "backward", mark_and_run)
+    monkeypatch.setattr(stage, "to_device", look_and_move)
+    train, make_config = {
+        train_llm: (train_llm.train, lambda folder, _: pretrain_config(folder)),
+        sft_train: (sft_train.train_sft, sft_config),
+        dpo_train: (dpo_train.train_dpo, dpo_config),
+    }[stage]
+    config = make_config(tmp_path, base_model) | {"batch_size": 2, "eval_every": 0}
+    train(wandb_config=config | {"gradient_accumulation_steps": 2, "max_steps": 2})
+    assert alive[:8] == [False, True] * 4  # before each forward, and after each backward
 
 
 @pytest.mark.parametrize(("optimizer", "looks"), [("adamw", 0), ("muon", 1)])
