@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 # Elements of one chunk of logits: on a CPU what its cache holds, on a GPU 128 MB of fp32.
 LOGITS_BUDGET = {"cpu": 2**22, "cuda": 2**25}
+SOFTMAX_BUDGET = {"cpu": 2**18}  # of those, what a core's own cache holds; elsewhere all at once
 LEAST_TOKENS = 256  # of a chunk: each adds to the head's whole gradient, fewer would be slow
 # Where positions without a target are left out first: free on a CPU, but a GPU would have to wait
 # until their number is known.
@@ -21,21 +22,22 @@ def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
     return max(LEAST_TOKENS, LOGITS_BUDGET.get(device.type, 2**24) // vocab_size)
 
 
-def loss_of_chunk(logits, targets, needs_grad: bool):
-    """Summed cross entropy of logits (chunk, vocab), and its gradient in their dtype, or None."""
-    is_target, dtype = targets != IGNORE_INDEX, logits.dtype
-    index = targets.clamp(min=0).unsqueeze(1)  # (chunk, 1); any class where ignored
-    logits = logits.float()
-    highest, at_target = logits.amax(-1, keepdim=True), logits.gather(1, index)
-    exps = logits.sub_(highest).exp_()  # in place: a softmax in one pass of exponentials
-    total = exps.sum(-1, keepdim=True)  # (chunk, 1)
-    losses = (total.log() + highest - at_target).squeeze(1)
-    if not needs_grad:
-        return (losses * is_target).sum(), None
-    counts = is_target.unsqueeze(1).float()  # (chunk, 1)
-    # d loss / d logits = softmax - one_hot(target)
-    grad = exps.mul_(counts / total).scatter_add_(1, index, -counts).to(dtype)
-    return (losses * is_target).sum(), grad
+def loss_of_chunk(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of logits (chunk, vocab), over which it writes the gradient."""
+    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    rows = max(1, SOFTMAX_BUDGET.get(logits.device.type, logits.numel()) // logits.shape[1])
+    for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        is_target = target != IGNORE_INDEX
+        index = target.clamp(min=0).unsqueeze(1)  # (rows, 1); any class where ignored
+        exps = part.float()  # (rows, vocab)
+        highest, at_target = exps.amax(-1, keepdim=True), exps.gather(1, index)
+        exps.sub_(highest).exp_()  # in place: a softmax in one pass of exponentials
+        total = exps.sum(-1, keepdim=True)  # (rows, 1)
+        loss += ((total.log() + highest - at_target).squeeze(1) * is_target).sum()
+        counts = is_target.unsqueeze(1).float()  # (rows, 1)
+        # d loss / d logits = softmax - one_hot(target)
+        part.copy_(exps.mul_(counts / total).scatter_add_(1, index, -counts))
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -59,12 +61,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets) if rows is None else len(rows), size):
             part = slice(start, start + size) if rows is None else rows[start : start + size]
             chunk = hidden[part].to(dtype)
-            chunk_loss, grad = loss_of_chunk(F.linear(chunk, head), targets[part], needs_grad)
-            loss += chunk_loss
+            logits = F.linear(chunk, head)  # (chunk, vocab)
+            loss += loss_of_chunk(logits, targets[part])
             if needs_grad:
-                grad_hidden[part] = (grad @ head).to(hidden.dtype)
-                grad_weight += grad.T @ chunk
-                del grad  # or it would be held beside the next chunk's logits
+                grad_hidden[part] = (logits @ head).to(hidden.dtype)
+                grad_weight += logits.T @ chunk
+            del logits  # or they would be held beside the next chunk's
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss

@@ -50,16 +50,18 @@ READ_AT_MOST = 20_000_000  # characters; a larger corpus is estimated from its b
 
 @contextlib.contextmanager
 def as_on_a_gpu():
-    """Chunks of logits as large as on a GPU, no look at the labels, and SDPA's attention."""
-    budget, ignored = losses.LOGITS_BUDGET["cpu"], set(losses.SKIPS_IGNORED)
-    in_blocks = set(attention.IN_BLOCKS)
+    """Chunks of logits as large as on a GPU, no look at the labels, and nothing in blocks."""
+    logits, softmax = dict(losses.LOGITS_BUDGET), dict(losses.SOFTMAX_BUDGET)
+    ignored, in_blocks = set(losses.SKIPS_IGNORED), set(attention.IN_BLOCKS)
     losses.LOGITS_BUDGET["cpu"] = losses.LOGITS_BUDGET["cuda"]
+    losses.SOFTMAX_BUDGET.clear()
     losses.SKIPS_IGNORED.clear()
     attention.IN_BLOCKS.clear()
     try:
         yield
     finally:
-        losses.LOGITS_BUDGET["cpu"] = budget
+        losses.LOGITS_BUDGET.update(logits)
+        losses.SOFTMAX_BUDGET.update(softmax)
         losses.SKIPS_IGNORED.update(ignored)
         attention.IN_BLOCKS.update(in_blocks)
 

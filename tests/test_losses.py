@@ -30,8 +30,9 @@ on_cpu_and_as_on_gpu = pytest.mark.parametrize(
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Ten chunks, the last of them ragged."""
+    """Ten chunks, the last of them ragged; of each, five rows at a time."""
     monkeypatch.setattr(losses, "LOGITS_BUDGET", {"cpu": CHUNK * VOCAB})
+    monkeypatch.setattr(losses, "SOFTMAX_BUDGET", {"cpu": 5 * VOCAB})
     monkeypatch.setattr(losses, "LEAST_TOKENS", 1)
     assert tokens_per_chunk(VOCAB, torch.device("cpu")) == CHUNK
 

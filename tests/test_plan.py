@@ -50,14 +50,13 @@ def test_the_largest_batch_fits_and_a_twentieth_more_does_not():
 
 def test_losses_and_attention_are_as_before_after_planning():
     from attention import IN_BLOCKS
-    from losses import LOGITS_BUDGET, SKIPS_IGNORED
+    from losses import LOGITS_BUDGET, SKIPS_IGNORED, SOFTMAX_BUDGET
 
-    before = dict(LOGITS_BUDGET), set(SKIPS_IGNORED), set(IN_BLOCKS)
+    before = dict(LOGITS_BUDGET), dict(SOFTMAX_BUDGET), set(SKIPS_IGNORED), set(IN_BLOCKS)
     with plan.as_on_a_gpu():
         assert LOGITS_BUDGET["cpu"] == LOGITS_BUDGET["cuda"]
-        assert not SKIPS_IGNORED
-        assert not IN_BLOCKS
-    assert before == (LOGITS_BUDGET, SKIPS_IGNORED, IN_BLOCKS)
+        assert not (SOFTMAX_BUDGET or SKIPS_IGNORED or IN_BLOCKS)
+    assert before == (LOGITS_BUDGET, SOFTMAX_BUDGET, SKIPS_IGNORED, IN_BLOCKS)
 
 
 def test_characters_are_counted_and_a_large_corpus_is_estimated(tmp_path, monkeypatch):
