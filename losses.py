@@ -22,8 +22,11 @@ def tokens_per_chunk(vocab_size: int, device: torch.device) -> int:
     return max(LEAST_TOKENS, LOGITS_BUDGET.get(device.type, 2**24) // vocab_size)
 
 
-def loss_of_chunk(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Summed cross entropy of logits (chunk, vocab), over which it writes the gradient."""
+def loss_of_chunk(logits: torch.Tensor, targets: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+    """Summed cross entropy of logits (chunk, vocab), over which it writes the gradient if needed.
+
+    In any case the logits are gone.
+    """
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     rows = max(1, SOFTMAX_BUDGET.get(logits.device.type, logits.numel()) // logits.shape[1])
     for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
@@ -34,9 +37,9 @@ def loss_of_chunk(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         exps.sub_(highest).exp_()  # in place: a softmax in one pass of exponentials
         total = exps.sum(-1, keepdim=True)  # (rows, 1)
         loss += ((total.log() + highest - at_target).squeeze(1) * is_target).sum()
-        counts = is_target.unsqueeze(1).float()  # (rows, 1)
-        # d loss / d logits = softmax - one_hot(target)
-        part.copy_(exps.mul_(counts / total).scatter_add_(1, index, -counts))
+        if needs_grad:  # d loss / d logits = softmax - one_hot(target)
+            counts = is_target.unsqueeze(1).float()  # (rows, 1)
+            part.copy_(exps.mul_(counts / total).scatter_add_(1, index, -counts))
     return loss
 
 
@@ -62,7 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + size) if rows is None else rows[start : start + size]
             chunk = hidden[part].to(dtype)
             logits = F.linear(chunk, head)  # (chunk, vocab)
-            loss += loss_of_chunk(logits, targets[part])
+            loss += loss_of_chunk(logits, targets[part], needs_grad)
             if needs_grad:
                 grad_hidden[part] = (logits @ head).to(hidden.dtype)
                 grad_weight += logits.T @ chunk

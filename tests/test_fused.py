@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import kept_bytes
 
 from fused import norm_and_rotate, recompute, rms_norm, rotate
 from moe import SwiGLU
@@ -52,19 +53,6 @@ def test_rotation_turns_each_pair_by_its_angle_and_back():
         rotate(x, cos, sin), torch.cat((as_complex.real, as_complex.imag), dim=-1)
     )
     torch.testing.assert_close(rotate(rotate(x, cos, sin), cos, -sin), x)
-
-
-def kept_bytes(function) -> int:
-    """Bytes that autograd keeps for backward."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(kept.values())
 
 
 def test_only_the_inputs_are_kept_for_backward():

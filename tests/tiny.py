@@ -1,4 +1,4 @@
-"""What the loop tests share: a corpus and a configuration that train in a second on a CPU."""
+"""What tests share: a corpus and a configuration that train in a second on a CPU, and measures."""
 
 import json
 import random
@@ -132,3 +132,16 @@ def assert_same_run(one, other):
     expected = weights(other)
     for name, tensor in weights(one).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def kept_bytes(function) -> int:
+    """Bytes that autograd keeps for backward."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(kept.values())
