@@ -134,7 +134,9 @@ def _iter_pairs(path: str, counts: Counter) -> Iterator[tuple[list[dict], str, s
             yield prompt, chosen, rejected
 
 
-def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, validation_ratio: float):
+def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, threshold: float):
+    """As cached_splits wants it: a question whose share is below the threshold is held out."""
+    lowest, highest = 1.0, 0.0
     counts: Counter = Counter({"answers cut": 0})
     render = Renderer(tokenizer).render
     byte_lengths = token_byte_lengths(tokenizer)
@@ -144,7 +146,7 @@ def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, validation
         pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
     ):
         while batch := list(islice(pairs, BATCH)):
-            rows = []  # (hash of the question, columns)
+            rows = []  # (share of the question, columns)
             rendered = render([[*p, reply(c), reply(r)] for p, c, r in batch])
             for (prompt, _, _), turns in zip(batch, rendered, strict=True):
                 columns = _encode_pair(turns, max_length, counts)
@@ -154,9 +156,8 @@ def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, validation
                 columns["chosen_bytes"] = int(byte_lengths[columns["chosen_ids"]].sum())
                 question = json.dumps(prompt, sort_keys=True)
                 rows.append((split_hash(question), columns))
-            threshold = validation_ratio
-            if len(rows) > 1 and not any(share < threshold for share, _ in rows):
-                threshold = sorted(share for share, _ in rows)[1]  # so few: hold out the smallest
+            lowest = min([lowest, *(share for share, _ in rows)])
+            highest = max([highest, *(share for share, _ in rows)])
             for writer, held_out in ((train, False), (validation, True)):
                 chosen = [columns for share, columns in rows if (share < threshold) is held_out]
                 writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=SCHEMA))
@@ -164,6 +165,7 @@ def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, validation
     if not counts["pairs"]:
         raise ValueError(f"{path}: no pair with two different answers ({dict(counts)}).")
     (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+    return lowest, highest
 
 
 def reply(text: str) -> dict:

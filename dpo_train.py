@@ -28,7 +28,7 @@ from optimizers import (
     set_learning_rate,
 )
 from out_of_memory import explain_out_of_memory, fit_batch_size
-from packing import data_fingerprint
+from packing import check_splits, data_fingerprint
 from preference import (
     AnswerScorer,
     add_reference_logps,
@@ -92,6 +92,7 @@ wandb_config = {
     "num_epochs": 2,
     "max_steps": 0,  # stop earlier; 0: all epochs
     "optimizer": "adamw",  # or "muon"
+    "muon_learning_rate": 2e-4,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.1,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.0,  # the reference is what to stay near, not zero
@@ -170,6 +171,7 @@ def train_dpo(
             split=None,
             cache_dir=f"{config['output_dir']}/cache",
         )
+    check_splits(splits, config["dataset"])
     fingerprint = data_fingerprint(splits["train"])
     check_same_data(run, fingerprint)
 
@@ -236,7 +238,7 @@ def train_dpo(
             micro_batches = list(islice(batches, sampler.micro_batches(step)))
             num_pairs, tokens = count_pairs(micro_batches, accelerator)
             factor = learning_rate_factor(step, sampler.total_steps, config)
-            learning_rate = set_learning_rate(optimizers, factor)
+            learning_rates = set_learning_rate(optimizers, factor)
             seed_step(config["seed"], step, rank)
 
             sums = 0.0
@@ -263,7 +265,7 @@ def train_dpo(
                 metrics = summarize(sums, accelerator)
                 metrics |= {
                     "train/loss": metrics.pop("loss"),
-                    "train/learning_rate": learning_rate,
+                    **learning_rates,
                     "train/grad_norm": float(grad_norm),
                     "train/epoch": step / sampler.steps_per_epoch,
                     **precision.metrics(),
@@ -304,9 +306,9 @@ def train_dpo(
                 )
 
     # 9. Final save
-    save_final(run, model, tokenizer, is_main)
     if is_main:
-        plot_curves(run.folder)
+        plot_curves(run.folder)  # first: a run that has its final folder is never touched again
+    save_final(run, model, tokenizer, is_main)
     tracker.finish()
     accelerator.wait_for_everyone()
     say(f"Finished: {run.final}")

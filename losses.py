@@ -51,8 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, rows):
-        needs_grad = any(ctx.needs_input_grad)
+    def forward(ctx, hidden, weight, targets, rows, needs_grad):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -77,7 +76,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, (grad_weight * grad_loss).to(ctx.weight_dtype), None, None
+        grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden * grad_loss, grad_weight, None, None, None
 
 
 def chunked_cross_entropy(
@@ -93,7 +93,9 @@ def chunked_cross_entropy(
     rows = None
     if hidden.device.type in SKIPS_IGNORED:
         rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows)
+    # Asked here: inside forward() gradients are off, and ctx.needs_input_grad does not tell.
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows, needs_grad)
 
 
 def token_log_probs(

@@ -7,9 +7,6 @@ import torch
 from devices import gather
 from training import Precision
 
-# Times learning_rate: 5e-3 is a usual peak for Muon where AdamW takes 5e-4.
-MUON_LEARNING_RATE = 10.0
-
 
 def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:
     """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
@@ -23,7 +20,7 @@ def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:
     optimizers = []
     if config["optimizer"] == "muon":
         hidden = [p for p in named if id(p) in matrices - embeddings]
-        learning_rate = MUON_LEARNING_RATE * config["learning_rate"]
+        learning_rate = config["muon_learning_rate"]
         group = {"params": hidden, "lr": learning_rate, "peak_lr": learning_rate}
         optimizers.append(
             torch.optim.Muon([group], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
@@ -51,11 +48,15 @@ def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
-    """Set every group to its own peak times factor; returns AdamW's, the one that is logged."""
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> dict[str, float]:
+    """Set every group to its own peak times factor; returns the rates to be logged."""
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         group["lr"] = group["peak_lr"] * factor
-    return optimizers[0].param_groups[0]["lr"]
+    names = ("train/learning_rate", "train/muon_learning_rate")
+    return {
+        name: optimizer.param_groups[0]["lr"]
+        for name, optimizer in zip(names, optimizers, strict=False)
+    }
 
 
 def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float) -> torch.Tensor:

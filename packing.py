@@ -18,7 +18,7 @@ from files import atomic_folder, cache_lock, content_hash, find_files, settings_
 from losses import IGNORE_INDEX
 from tokenizer import token_byte_lengths, tokenizer_identity
 
-CACHE_VERSION = 1  # raise it when the rows made from the same conversations change
+CACHE_VERSION = 2  # raise it when the rows made from the same conversations change
 
 Segment = tuple[int, int]  # (start, length) of a run of tokens
 
@@ -123,9 +123,10 @@ def cached_splits(
 ) -> tuple[DatasetDict, dict]:
     """(rows of both splits, statistics) of conversations.
 
-    Unless cached, write(folder, path, tokenizer, max_length, validation_ratio) makes train.arrow,
-    validation.arrow and statistics.json. The cache's name changes with the files' bytes, the
-    tokenizer and the settings.
+    Unless cached, write(folder, path, tokenizer, max_length, threshold) makes train.arrow,
+    validation.arrow and statistics.json, and returns the smallest and the largest share (see
+    split_hash) of all questions. Those below the threshold are held out. The cache's name changes
+    with the files' bytes, the tokenizer and the settings.
     """
     if max_length < 32:
         raise ValueError(f"max_length={max_length} must be at least 32 tokens.")
@@ -139,9 +140,23 @@ def cached_splits(
         if not (folder / "statistics.json").exists():
             print(f"Tokenizing {path} …", flush=True)
             with atomic_folder(folder) as temporary:
-                write(temporary, path, tokenizer, max_length, validation_ratio)
+                lowest, highest = write(temporary, path, tokenizer, max_length, validation_ratio)
+                if not lowest < validation_ratio <= highest:
+                    # All questions fell to one side, as happens when they are few: the one of the
+                    # smallest share is held out, or none where there is only one.
+                    threshold = np.nextafter(lowest, 1) if lowest < highest else 0.0
+                    write(temporary, path, tokenizer, max_length, threshold)
     rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
     return rows, json.loads((folder / "statistics.json").read_text())
+
+
+def check_splits(splits: DatasetDict, path: str):
+    """Raises ValueError when there is nothing to train on, or nothing to validate with."""
+    if not all(len(rows) for rows in splits.values()):
+        raise ValueError(
+            f"{path}: every usable record asks the same question, so that training and validation "
+            "cannot be kept apart. Add records with at least one other question."
+        )
 
 
 def data_fingerprint(rows: Dataset) -> str:

@@ -80,8 +80,10 @@ def _iter_examples(path: str, counts: Counter) -> Iterator[list[dict]]:
             yield messages
 
 
-def _write_rows(folder: Path, path: str, tokenizer, max_length: int, validation_ratio: float):
+def _write_rows(folder: Path, path: str, tokenizer, max_length: int, threshold: float):
+    """As cached_splits wants it: a question whose share is below the threshold is held out."""
     counts: Counter = Counter()
+    lowest, highest = 1.0, 0.0
     renderer = Renderer(tokenizer)
     examples = _iter_examples(path, counts)
     with (
@@ -89,7 +91,7 @@ def _write_rows(folder: Path, path: str, tokenizer, max_length: int, validation_
         pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
     ):
         while batch := list(islice(examples, BATCH)):
-            encoded = []  # (hash of the question, ids, mask)
+            encoded = []  # (share of the question, ids, mask)
             for messages, turns in zip(batch, renderer.render(batch), strict=True):
                 counts["replies cut"] += truncate(turns, max_length)
                 ids, mask = flatten(turns)
@@ -99,16 +101,17 @@ def _write_rows(folder: Path, path: str, tokenizer, max_length: int, validation_
                     encoded.append((split_hash(question), ids, mask))
                 else:
                     counts["dropped: no target"] += 1
-            held_out = [e for e in encoded if e[0] < validation_ratio]
-            if len(encoded) > 1 and (not held_out or len(held_out) == len(encoded)):
-                held_out = [min(encoded)]
-            kept = [e for e in encoded if not any(e is h for h in held_out)]
+            lowest = min([lowest, *(share for share, _, _ in encoded)])
+            highest = max([highest, *(share for share, _, _ in encoded)])
+            kept = [e for e in encoded if e[0] >= threshold]
+            held_out = [e for e in encoded if e[0] < threshold]
             train.write_batch(_pack(kept, max_length, counts))
             validation.write_batch(_pack(held_out, max_length, counts))
             counts["conversations"] += len(encoded)
     if not counts["conversations"]:
         raise ValueError(f"{path}: no example with a reply to learn from ({dict(counts)}).")
     (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+    return lowest, highest
 
 
 def _pack(encoded: list[tuple], max_length: int, counts: Counter) -> pa.RecordBatch:

@@ -5,6 +5,7 @@ python sft_train.py --dataset my_chats.jsonl             any key, for this run
 torchrun --nproc_per_node 2 sft_train.py                 several GPUs
 """
 
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -31,7 +32,7 @@ from optimizers import (
     set_learning_rate,
 )
 from out_of_memory import explain_out_of_memory, fit_batch_size
-from packing import data_fingerprint, target_bytes
+from packing import check_splits, data_fingerprint, target_bytes
 from run_config import resolve_config, run_from_command_line
 from sft_data import prepare_sft_data
 from tokenizer import IM_END, create_tokenizer
@@ -53,11 +54,11 @@ from training import (
     choose_precision,
     compile_blocks,
     count_tokens,
-    detached,
     generate_samples,
     is_due,
     make_loader,
     moe_metrics,
+    moe_sums,
     rank_batches,
     seed_everything,
     seed_step,
@@ -82,6 +83,7 @@ wandb_config = {
     "num_epochs": 3,
     "max_steps": 0,  # stop earlier; 0: all epochs
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
+    "muon_learning_rate": 5e-3,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only
@@ -159,6 +161,7 @@ def train_sft(
         )
         if config["pretrain_mix_ratio"]:
             splits["train"] = mix_in_pretraining(splits["train"], config)
+    check_splits(splits, config["dataset"])
     fingerprint = data_fingerprint(splits["train"])
     check_same_data(run, fingerprint)
 
@@ -210,10 +213,10 @@ def train_sft(
             micro_batches = list(islice(batches, sampler.micro_batches(step)))
             num_items, tokens = count_tokens(micro_batches, accelerator)
             factor = learning_rate_factor(step, sampler.total_steps, config)
-            learning_rate = set_learning_rate(optimizers, factor)
+            learning_rates = set_learning_rate(optimizers, factor)
             seed_step(config["seed"], step, rank)
 
-            step_loss = torch.zeros((), device=device)
+            step_loss, routed = torch.zeros((), device=device), Counter()
             for index, batch in enumerate(micro_batches):
                 batch = to_device(batch, device)
                 is_last = index == len(micro_batches) - 1
@@ -224,8 +227,9 @@ def train_sft(
                         )
                     # Ranks' gradients are averaged: times their number, they are summed.
                     precision.scaler.scale(output.loss * world).backward()
-                output = detached(output)
-                step_loss += output.loss
+                step_loss += output.loss.detach()
+                routed.update(moe_sums(output, batch))
+                del output  # and its graph, before the next forward
             grad_norm = optimizer_step(model, optimizers, precision, config["max_grad_norm"])
             step += 1
             meter.count(tokens)
@@ -236,10 +240,10 @@ def train_sft(
             if due["log"]:
                 metrics = {
                     "train/loss": float(accelerator.reduce(step_loss, reduction="sum")),
-                    "train/learning_rate": learning_rate,
+                    **learning_rates,
                     "train/grad_norm": float(grad_norm),
                     "train/epoch": step / sampler.steps_per_epoch,
-                    **moe_metrics(output),
+                    **moe_metrics(routed, tokens, accelerator),
                     **precision.metrics(),
                     **meter.read(step),
                 }
@@ -267,9 +271,9 @@ def train_sft(
                 raise SystemExit(0)
 
     # 9. Final save
-    save_final(run, model, tokenizer, is_main)
     if is_main:
-        plot_curves(run.folder)
+        plot_curves(run.folder)  # first: a run that has its final folder is never touched again
+    save_final(run, model, tokenizer, is_main)
     tracker.finish()
     accelerator.wait_for_everyone()
     say(f"Finished: {run.final}")

@@ -310,20 +310,24 @@ def is_due(config: dict, step: int, total_steps: int, stopping: bool) -> dict[st
     return due
 
 
-def detached(output):
-    """A model's output without its graph, which would else live until the next forward has ended.
-
-    On a CPU the graph's many small objects then lie between the next step's tensors, and malloc
-    cannot use again what they separate.
-    """
-    return type(output)(**{name: tensor.detach() for name, tensor in output.items()})
-
-
-def moe_metrics(output) -> dict:
-    """Balancing loss (1: balanced) and the busiest expert's share of tokens; {} when dense."""
+def moe_sums(output, batch: dict) -> dict[str, torch.Tensor]:
+    """What moe_metrics needs of one micro-batch, weighted by its real tokens; {} when dense."""
     if output.aux_loss is None:
         return {}
-    return {
-        "train/aux_loss": float(output.aux_loss.detach()),
-        "train/max_expert_load": float(output.expert_load.max()),
-    }
+    tokens = batch["attention_mask"].sum()
+    balance = output.aux_loss.detach()
+    return {"aux_loss": balance * tokens, "expert_load": output.expert_load * tokens}
+
+
+def moe_metrics(sums: dict, tokens: int, accelerator) -> dict:
+    """Balancing loss (1: balanced) and the busiest expert's share of tokens; {} when dense.
+
+    sums: of moe_sums over a step's micro-batches; tokens: the step's real tokens on all ranks.
+    """
+    if not sums:
+        return {}
+    balance, load = (
+        accelerator.reduce(sums[name], reduction="sum") / tokens
+        for name in ("aux_loss", "expert_load")
+    )
+    return {"train/aux_loss": float(balance), "train/max_expert_load": float(load.max())}
