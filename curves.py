@@ -6,7 +6,7 @@ python curves.py checkpoints/pretrain/<run>     draw it now, also while the run 
 import argparse
 from pathlib import Path
 
-from tracking import read_metrics
+from engine.report import read_metrics
 
 PANELS = [
     ("loss, nats per token", ["train/loss", "val/loss"]),

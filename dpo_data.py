@@ -22,7 +22,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from chat_format import (
+from corpus.chat_format import (
     FormatError,
     Renderer,
     flatten,
@@ -32,8 +32,8 @@ from chat_format import (
     to_messages,
     truncate,
 )
-from files import find_final, print_lines, split_hash
-from packing import best_fit, cached_splits
+from corpus.packing import best_fit, cached_splits
+from corpus.readers import find_final, print_lines, split_hash
 from tokenizer import create_tokenizer, token_byte_lengths
 
 SAMPLE = "data/dpo_sample.jsonl"
@@ -281,7 +281,7 @@ def main():
     try:
         folder = arguments.model or find_final("checkpoints", "sft", "sft_train.py", "--model")
         if arguments.make_pairs:
-            from make_pairs import make_pairs  # needs the model; looking at data does not
+            from corpus.make_pairs import make_pairs  # needs the model; looking at data does not
 
             return make_pairs(str(folder), arguments.make_pairs, arguments.output, arguments.limit)
         tokenizer = create_tokenizer(model_path=str(folder))

@@ -7,8 +7,12 @@ torchrun --nproc_per_node 2 dpo_train.py                 several GPUs
 
 from itertools import islice
 
-from chat_format import as_prompt
-from checkpoint import (
+from corpus.chat_format import as_prompt
+from corpus.packing import check_splits, data_fingerprint
+from corpus.readers import find_final
+from curves import plot_curves
+from dpo_data import prepare_dpo_data
+from engine.checkpoint import (
     check_same_data,
     load_checkpoint,
     load_model_folder,
@@ -17,19 +21,14 @@ from checkpoint import (
     save_final,
     say_how_to_resume,
 )
-from curves import plot_curves
-from devices import distribute, gradient_sync, make_accelerator, stop_requested
-from dpo_data import prepare_dpo_data
-from files import find_final
-from optimizers import (
+from engine.guards import explain_out_of_memory, fit_batch_size
+from engine.optim import (
     build_optimizers,
     learning_rate_factor,
     optimizer_step,
     set_learning_rate,
 )
-from out_of_memory import explain_out_of_memory, fit_batch_size
-from packing import check_splits, data_fingerprint
-from preference import (
+from engine.preference import (
     AnswerScorer,
     add_reference_logps,
     batch_losses,
@@ -39,9 +38,7 @@ from preference import (
     summarize,
     validate_pairs,
 )
-from run_config import resolve_config, run_from_command_line
-from tokenizer import IM_END, create_tokenizer
-from tracking import (
+from engine.report import (
     Meter,
     Tracker,
     describe_run,
@@ -50,7 +47,9 @@ from tracking import (
     progress_bar,
     validation_line,
 )
-from training import (
+from engine.settings import resolve_config, run_from_command_line
+from engine.sharding import distribute, gradient_sync, make_accelerator, stop_requested
+from engine.steps import (
     NumericalError,
     StepSampler,
     StopSignal,
@@ -66,6 +65,7 @@ from training import (
     seed_step,
     to_device,
 )
+from tokenizer import IM_END, create_tokenizer
 
 __all__ = ["dpo_loss", "train_dpo", "wandb_config"]
 

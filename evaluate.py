@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import open_model_folder
-from corpus import iter_documents
-from files import find_files, find_newest_final, input_error, iter_records, read_text
-from losses import token_log_probs
+from corpus.documents import iter_documents
+from corpus.readers import find_files, find_newest_final, input_error, iter_records, read_text
+from engine.checkpoint import open_model_folder
+from kernels.cross_entropy import token_log_probs
 from tokenizer import encode_plain, token_byte_lengths
 
 LETTERS = "ABCDEFGH"

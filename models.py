@@ -20,11 +20,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from attention import attend, build_attention_mask, can_attend_by_document
-from fused import norm_and_rotate, rms_norm
-from losses import IGNORE_INDEX, chunked_cross_entropy
+from kernels.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
+from kernels.experts import MoE, SwiGLU
+from kernels.masks import attend, build_attention_mask, can_attend_by_document
+from kernels.norm_rope import norm_and_rotate, rms_norm
 from model_config import CustomLLMConfig
-from moe import MoE, SwiGLU
 
 __all__ = ["CustomLLM", "CustomLLMConfig", "CustomLLMOutput"]
 

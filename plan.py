@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import attention
-import losses
 import train_llm
-from corpus import iter_documents
-from files import find_files, find_final, is_local, iter_records
+from corpus.documents import iter_documents
+from corpus.readers import find_files, find_final, is_local, iter_records
+from engine.guards import full_batch, stage_loss
+from engine.optim import build_optimizers, optimizer_step
+from engine.report import PEAK_FLOPS, active_parameters, flops_per_token
+from engine.settings import AUTO_ROWS, parse_arguments, resolve_config
+from engine.steps import checkpoint_blocks, make_precision
+from kernels import cross_entropy as losses
+from kernels import masks as attention
 from models import CustomLLM, CustomLLMConfig
-from optimizers import build_optimizers, optimizer_step
-from out_of_memory import full_batch, stage_loss
-from run_config import AUTO_ROWS, parse_arguments, resolve_config
-from tracking import PEAK_FLOPS, active_parameters, flops_per_token
-from training import checkpoint_blocks, make_precision
 
 STAGES = {
     "train_llm.py": "max_seq_len",

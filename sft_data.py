@@ -16,10 +16,10 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
-from files import find_final, print_lines, split_hash
-from losses import IGNORE_INDEX
-from packing import PackedCollator, best_fit, cached_splits
+from corpus.chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
+from corpus.packing import PackedCollator, best_fit, cached_splits
+from corpus.readers import find_final, print_lines, split_hash
+from kernels.cross_entropy import IGNORE_INDEX
 from tokenizer import create_tokenizer
 
 SAMPLE = "data/sft_sample.jsonl"

@@ -12,8 +12,11 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 
-from chat_format import as_prompt
-from checkpoint import (
+from corpus.chat_format import as_prompt
+from corpus.packing import check_splits, data_fingerprint, target_bytes
+from corpus.readers import find_final, settings_hash
+from curves import plot_curves
+from engine.checkpoint import (
     check_same_data,
     load_checkpoint,
     load_model_folder,
@@ -22,21 +25,14 @@ from checkpoint import (
     save_final,
     say_how_to_resume,
 )
-from curves import plot_curves
-from devices import distribute, gradient_sync, make_accelerator, stop_requested
-from files import find_final, settings_hash
-from optimizers import (
+from engine.guards import explain_out_of_memory, fit_batch_size
+from engine.optim import (
     build_optimizers,
     learning_rate_factor,
     optimizer_step,
     set_learning_rate,
 )
-from out_of_memory import explain_out_of_memory, fit_batch_size
-from packing import check_splits, data_fingerprint, target_bytes
-from run_config import resolve_config, run_from_command_line
-from sft_data import prepare_sft_data
-from tokenizer import IM_END, create_tokenizer
-from tracking import (
+from engine.report import (
     Meter,
     Tracker,
     describe_run,
@@ -45,8 +41,9 @@ from tracking import (
     progress_bar,
     validation_line,
 )
-from train_data import prepare_data
-from training import (
+from engine.settings import resolve_config, run_from_command_line
+from engine.sharding import distribute, gradient_sync, make_accelerator, stop_requested
+from engine.steps import (
     StepSampler,
     StopSignal,
     check_finite,
@@ -65,6 +62,9 @@ from training import (
     to_device,
     validate,
 )
+from sft_data import prepare_sft_data
+from tokenizer import IM_END, create_tokenizer
+from train_data import prepare_data
 
 wandb_config = {
     # model

@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from corpus import iter_documents
-from files import settings_hash
+from corpus.documents import iter_documents
+from corpus.readers import settings_hash
 
 PAD_TOKEN, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"

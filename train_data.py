@@ -20,21 +20,21 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
-from corpus import SAMPLE, corpus_hash, iter_documents
-from files import (
-    atomic_folder,
-    cache_lock,
-    print_lines,
-    settings_hash,
-    split_hash,
-)
-from packing import (
+from corpus.documents import SAMPLE, corpus_hash, iter_documents
+from corpus.packing import (
     PackedCollator,
     column_values,
     open_rows,
     pack_segments,
     row_length,
     split_windows,
+)
+from corpus.readers import (
+    atomic_folder,
+    cache_lock,
+    print_lines,
+    settings_hash,
+    split_hash,
 )
 from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
 

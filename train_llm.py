@@ -10,7 +10,9 @@ from itertools import islice
 
 import torch
 
-from checkpoint import (
+from corpus.packing import PackedCollator, data_fingerprint, target_bytes
+from curves import plot_curves
+from engine.checkpoint import (
     check_same_data,
     load_checkpoint,
     load_model_folder,
@@ -19,19 +21,14 @@ from checkpoint import (
     save_final,
     say_how_to_resume,
 )
-from curves import plot_curves
-from devices import distribute, gradient_sync, make_accelerator, stop_requested
-from models import CustomLLM, CustomLLMConfig
-from optimizers import (
+from engine.guards import check_memory, explain_out_of_memory, fit_batch_size
+from engine.optim import (
     build_optimizers,
     learning_rate_factor,
     optimizer_step,
     set_learning_rate,
 )
-from out_of_memory import check_memory, explain_out_of_memory, fit_batch_size
-from packing import PackedCollator, data_fingerprint, target_bytes
-from run_config import resolve_config, run_from_command_line
-from tracking import (
+from engine.report import (
     Meter,
     Tracker,
     describe_run,
@@ -40,8 +37,9 @@ from tracking import (
     progress_bar,
     validation_line,
 )
-from train_data import prepare_data, unigram_loss
-from training import (
+from engine.settings import resolve_config, run_from_command_line
+from engine.sharding import distribute, gradient_sync, make_accelerator, stop_requested
+from engine.steps import (
     StepSampler,
     StopSignal,
     check_finite,
@@ -60,6 +58,8 @@ from training import (
     to_device,
     validate,
 )
+from models import CustomLLM, CustomLLMConfig
+from train_data import prepare_data, unigram_loss
 
 wandb_config = {
     # model

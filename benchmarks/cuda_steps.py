@@ -18,13 +18,13 @@ import torch
 from peers import ROOT  # noqa: F401 - puts the project on the path
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attention import ATTENTION_KERNELS
+from corpus.packing import PackedCollator
+from engine.guards import full_batch, stage_loss
+from engine.optim import build_optimizers, optimizer_step
+from engine.report import flops_per_token, peak_flops
+from engine.steps import checkpoint_blocks, compile_blocks, make_precision, to_device
+from kernels.masks import ATTENTION_KERNELS
 from models import CustomLLM, CustomLLMConfig
-from optimizers import build_optimizers, optimizer_step
-from out_of_memory import full_batch, stage_loss
-from packing import PackedCollator
-from tracking import flops_per_token, peak_flops
-from training import checkpoint_blocks, compile_blocks, make_precision, to_device
 
 NAMES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
 SIZES = {  # rows of a micro-batch, then the model by NAMES

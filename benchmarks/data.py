@@ -21,7 +21,7 @@ from pathlib import Path
 
 from peers import ROOT
 
-from corpus import iter_documents
+from corpus.documents import iter_documents
 from tokenizer import create_tokenizer, encode_plain
 from train_data import load_or_train_tokenizer, prepare_data
 

@@ -36,11 +36,11 @@ def run_ours(folder: Path, data: Path) -> tuple[float, int]:
 
     from dpo_data import prepare_dpo_data
     from dpo_train import wandb_config
+    from engine.optim import build_optimizers, optimizer_step
+    from engine.preference import AnswerScorer, batch_losses, reference_logps
+    from engine.steps import to_device
     from models import CustomLLM
-    from optimizers import build_optimizers, optimizer_step
-    from preference import AnswerScorer, batch_losses, reference_logps
     from tokenizer import create_tokenizer
-    from training import to_device
 
     tokenizer = create_tokenizer(model_path=str(folder))
     splits, collate = prepare_dpo_data(

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from forked_runs import STAGES, run
 
-from checkpoint import find_damage, list_checkpoints
-from tracking import read_metrics
+from engine.checkpoint import find_damage, list_checkpoints
+from engine.report import read_metrics
 
 CHANGES = {"dropout": 0.1, "num_workers": 2, "save_every": 3, "keep_checkpoints": 2}
 EPOCHS = {"pretrain": 2, "sft": 4, "dpo": 6}  # 30 to 40 steps

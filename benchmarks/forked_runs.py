@@ -28,7 +28,7 @@ from tiny import dpo_config, pretrain_config, sft_config  # noqa: E402
 import dpo_train  # noqa: E402
 import sft_train  # noqa: E402
 import train_llm  # noqa: E402
-from run_config import run_from_command_line  # noqa: E402
+from engine.settings import run_from_command_line  # noqa: E402
 
 STAGES = {
     "pretrain": (train_llm, train_llm.train, pretrain_config),

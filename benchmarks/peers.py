@@ -17,8 +17,8 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+from engine.steps import has_native_bf16, make_precision  # noqa: E402
 from models import CustomLLM, CustomLLMConfig  # noqa: E402
-from training import has_native_bf16, make_precision  # noqa: E402
 
 SIZES = {"d_model": 256, "n_heads": 4, "n_layers": 4, "d_ff": 704, "max_seq_len": 512}
 DTYPE = torch.bfloat16 if torch.cuda.is_available() or has_native_bf16() else None

@@ -22,12 +22,12 @@ from peers import ROOT, print_table, run_rounds
 
 import train_data
 import train_llm
-from corpus import iter_documents
-from devices import make_accelerator
-from optimizers import build_optimizers, optimizer_step
-from packing import PackedCollator
+from corpus.documents import iter_documents
+from corpus.packing import PackedCollator
+from engine.optim import build_optimizers, optimizer_step
+from engine.sharding import make_accelerator
+from engine.steps import StepSampler, choose_precision, count_tokens, seed_everything
 from tokenizer import train_tokenizer
-from training import StepSampler, choose_precision, count_tokens, seed_everything
 
 CORPORA = ["pt_libreoffice_help", "pt_manpages_zh", "pt_china_law"]
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 1408, "vocab_size": 6400}  # 22 M

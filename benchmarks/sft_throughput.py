@@ -32,14 +32,14 @@ def run_ours(folder: Path, data: Path, packed: bool) -> tuple[float, int]:
     """(seconds, target tokens) of one epoch of the loop's own steps."""
     import torch
 
-    from chat_format import Renderer, flatten, to_messages, truncate
-    from losses import IGNORE_INDEX
+    from corpus.chat_format import Renderer, flatten, to_messages, truncate
+    from corpus.packing import PackedCollator
+    from engine.optim import build_optimizers, optimizer_step
+    from engine.steps import to_device
+    from kernels.cross_entropy import IGNORE_INDEX
     from models import CustomLLM
-    from optimizers import build_optimizers, optimizer_step
-    from packing import PackedCollator
     from sft_data import prepare_sft_data
     from tokenizer import create_tokenizer
-    from training import to_device
 
     tokenizer = create_tokenizer(model_path=str(folder))
     if packed:
@@ -79,7 +79,7 @@ def run_trl(folder: Path, data: Path, packing: bool) -> tuple[float, int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from chat_format import to_messages
+    from corpus.chat_format import to_messages
 
     watch = Stopwatch()
     records = [{"messages": to_messages(record)} for record in read_jsonl(data, EXAMPLES)]

@@ -19,9 +19,9 @@ import time
 import torch
 from peers import print_table
 
-from devices import keep_freed_memory
+from engine.sharding import keep_freed_memory
+from engine.steps import compile_blocks, make_precision
 from models import CustomLLM, CustomLLMConfig
-from training import compile_blocks, make_precision
 
 SIZES = {
     "22M": {"vocab_size": 6400, "d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 1408},

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from peers import ROOT, precision
 
-from devices import make_accelerator
-from losses import chunked_cross_entropy
+from corpus.packing import PackedCollator, target_bytes
+from engine.optim import build_optimizers, learning_rate_factor, optimizer_step, set_learning_rate
+from engine.sharding import make_accelerator
+from engine.steps import count_tokens, to_device, validate
+from kernels.cross_entropy import chunked_cross_entropy
 from models import CustomLLM, CustomLLMConfig
-from optimizers import build_optimizers, learning_rate_factor, optimizer_step, set_learning_rate
-from packing import PackedCollator, target_bytes
 from train_data import prepare_data
-from training import count_tokens, to_device, validate
 
 REAL = ROOT.parent / "shared" / "data" / "real"
 CORPORA = ["pt_china_law", "pt_libreoffice_help", "pt_manpages_zh", "pt_debian_docs"]

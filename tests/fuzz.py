@@ -12,8 +12,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
+from engine.steps import NumericalError
 from tokenizer import SPECIAL_TOKENS
-from training import NumericalError
 
 # Drawn more often than chance would: look-alikes of control tokens, and what broke tokenizers.
 AWKWARD = [*SPECIAL_TOKENS, "<|", "|>", "assistant\n", "\n", "\r\n", " ", "\0", "\ufeff"]

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import devices
+from engine import sharding as devices
 
 FUNCTIONS = {"train_llm": "train", "sft_train": "train_sft", "dpo_train": "train_dpo"}
 

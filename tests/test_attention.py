@@ -7,11 +7,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import attention
-from attention import ATTENTION_KERNELS, attend, build_attention_mask, can_attend_by_document
+from corpus.packing import PackedCollator
+from engine.steps import checkpoint_blocks
+from kernels import masks as attention
+from kernels.masks import ATTENTION_KERNELS, attend, build_attention_mask, can_attend_by_document
 from models import CustomLLM, CustomLLMConfig
-from packing import PackedCollator
-from training import checkpoint_blocks
 
 LENGTH = 12
 
@@ -50,7 +50,7 @@ def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(monkeypa
     # Shapes only: tensors without contents, since the kernel itself needs a GPU.
     monkeypatch.setattr("models.can_attend_by_document", lambda *_: True)
     monkeypatch.setattr(attention, "IN_BLOCKS", set())
-    monkeypatch.setattr("losses.SKIPS_IGNORED", set())  # as on a GPU
+    monkeypatch.setattr("kernels.cross_entropy.SKIPS_IGNORED", set())  # as on a GPU
     kernels, mode = [], FakeTensorMode()
     with mode:
         model = tiny_model()

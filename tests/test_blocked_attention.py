@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from attention import build_attention_mask
-from blocked_attention import BLOCK, blocked_attention, gather_documents
+from kernels.attention import BLOCK, blocked_attention, gather_documents
+from kernels.masks import build_attention_mask
 
 HEAD_DIM = 8
 

@@ -5,8 +5,8 @@ import torch
 from tiny import kept_bytes
 from torch import nn
 
-from blocked_swiglu import BLOCK, blocked_swiglu
-from moe import SwiGLU
+from kernels.experts import SwiGLU
+from kernels.swiglu import BLOCK, blocked_swiglu
 
 D_MODEL, D_FF = 16, 24
 
@@ -31,7 +31,7 @@ def separate(monkeypatch):
 
     def run_separately(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr("attention.IN_BLOCKS", set())
+            patch.setattr("kernels.masks.IN_BLOCKS", set())
             return run(*arguments)
 
     return run_separately

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_training import tiny_model
 
-from checkpoint import (
+from corpus.readers import find_final
+from engine.checkpoint import (
     CheckpointError,
     changed_keys,
     check_same_data,
@@ -19,9 +20,8 @@ from checkpoint import (
     save_checkpoint,
     save_final,
 )
-from files import find_final
-from optimizers import build_optimizers
-from training import make_precision
+from engine.optim import build_optimizers
+from engine.steps import make_precision
 
 ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
 OPTIMIZER = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
@@ -88,7 +88,7 @@ def test_an_error_while_saving_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoint.torch.save", full)
+    monkeypatch.setattr("engine.checkpoint.torch.save", full)
     with pytest.raises(OSError, match="No space left"):
         save(run, config, 2)
     assert names(run) == ["step_00000001"]
@@ -159,7 +159,9 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, mo
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"output_dir .*: Not a .*; choose another folder"):
         open_run("sft", None, config_in(tmp_path / "file"), ALONE)
-    monkeypatch.setattr("checkpoint.os.access", lambda *_: False)  # for root nothing is forbidden
+    monkeypatch.setattr(
+        "engine.checkpoint.os.access", lambda *_: False
+    )  # for root nothing is forbidden
     with pytest.raises(CheckpointError, match=r"output_dir '.*': no permission to write there; ch"):
         open_run("sft", None, config_in(tmp_path), ALONE)
 

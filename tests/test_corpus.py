@@ -4,7 +4,7 @@ from collections import Counter
 import pytest
 from tiny import write_jsonl
 
-from corpus import SeenHashes, iter_documents
+from corpus.documents import SeenHashes, iter_documents
 
 
 @pytest.mark.parametrize("limit", [1, 7, 1000])

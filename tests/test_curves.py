@@ -3,7 +3,7 @@ import json
 import pytest
 
 from curves import plot_curves, smooth
-from tracking import read_metrics
+from engine.report import read_metrics
 
 
 def test_smoothing_starts_at_the_first_value_and_follows_a_constant():

@@ -16,11 +16,11 @@ from ranks import FUNCTIONS
 from tiny import EXACT, crash_after, dpo_config, pretrain_config, sft_config, weights
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
-import checkpoint
-import devices
 import train_llm
-import training
-from tracking import read_metrics
+from engine import checkpoint
+from engine import sharding as devices
+from engine import steps as training
+from engine.report import read_metrics
 
 TOGETHER = {"batch_size": 4, "gradient_accumulation_steps": 1}  # on each of two ranks
 ALONE = {"batch_size": 4, "gradient_accumulation_steps": 2}

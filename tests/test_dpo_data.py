@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import write_jsonl
 
-from chat_format import FormatError
+from corpus.chat_format import FormatError
 from dpo_data import PairCollator, inspect, prepare_dpo_data, shared_question_mask, to_pair
 
 USER = {"role": "user", "content": "问"}

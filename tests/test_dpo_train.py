@@ -17,10 +17,10 @@ from tiny import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_train
+from corpus.make_pairs import make_pairs
 from dpo_train import train_dpo
-from make_pairs import make_pairs
-from tracking import read_metrics
-from training import NumericalError
+from engine.report import read_metrics
+from engine.steps import NumericalError
 
 
 def metrics_of(final) -> list[dict]:
@@ -81,7 +81,7 @@ def test_the_reference_is_computed_once_and_again_when_weights_or_data_change(
         computed.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr("preference.reference_logps", count)
+    monkeypatch.setattr("engine.preference.reference_logps", count)
     config = dpo_config(tmp_path, base_model, max_steps=1)
     first = train_dpo(wandb_config=config, run_name="one")
     assert len(computed) == 2, "training and validation split"
@@ -141,7 +141,7 @@ def test_bad_input_stops_before_training(tmp_path, base_model, monkeypatch):
 def test_pairs_are_made_from_the_models_own_answers_and_go_on_where_they_stopped(
     tmp_path, base_model, monkeypatch
 ):
-    monkeypatch.setattr("make_pairs.MAX_NEW_TOKENS", 8)
+    monkeypatch.setattr("corpus.make_pairs.MAX_NEW_TOKENS", 8)
     prompts = write_conversations(tmp_path, count=5)
     whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
     make_pairs(base_model, prompts, str(whole))
@@ -193,8 +193,8 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     from datasets import Dataset
 
     from dpo_data import prepare_dpo_data
+    from engine.preference import AnswerScorer, batch_losses
     from models import CustomLLM
-    from preference import AnswerScorer, batch_losses
 
     config = dpo_config(tmp_path, base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_model)

@@ -17,9 +17,9 @@ import dpo_train
 import sft_train
 import train_data
 import train_llm
-from checkpoint import find_damage, list_checkpoints
+from engine.checkpoint import find_damage, list_checkpoints
+from engine.steps import NumericalError, StepSampler
 from train_llm import train
-from training import NumericalError, StepSampler
 
 ROOT = Path(__file__).parent.parent
 STAGES = {

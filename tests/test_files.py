@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import files
-from files import (
+from corpus import readers as files
+from corpus.readers import (
     atomic_folder,
     content_hash,
     find_files,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import Run
-from files import DiskFullError, atomic_folder, write_whole
+from corpus.readers import DiskFullError, atomic_folder, write_whole
+from engine.checkpoint import Run
+from engine.report import Tracker, read_metrics
 from tokenizer import train_tokenizer
-from tracking import Tracker, read_metrics
 
 
 @contextmanager

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from tiny import kept_bytes
 
-from fused import norm_and_rotate, recompute, rms_norm, rotate
-from moe import SwiGLU
+from kernels.experts import SwiGLU
+from kernels.norm_rope import norm_and_rotate, recompute, rms_norm, rotate
 
 EPS = 1e-6
 
@@ -86,7 +86,7 @@ def test_a_compiled_graph_keeps_the_inputs_alone_and_gives_equal_gradients(rotat
 
 
 def test_recomputing_gives_equal_gradients_and_keeps_less(monkeypatch):
-    monkeypatch.setattr("attention.IN_BLOCKS", set())  # as on a GPU
+    monkeypatch.setattr("kernels.masks.IN_BLOCKS", set())  # as on a GPU
     layer, x = SwiGLU(16, 64), torch.randn(4, 32, 16, requires_grad=True)
 
     def plainly(x):

@@ -8,10 +8,10 @@ from fuzz import SURROGATE, TEXT, attempt, cases, data_file
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat_format import Renderer, flatten
+from corpus.chat_format import Renderer, flatten
+from corpus.packing import PackedCollator
 from dpo_data import prepare_dpo_data
-from losses import IGNORE_INDEX
-from packing import PackedCollator
+from kernels.cross_entropy import IGNORE_INDEX
 from sft_data import prepare_sft_data
 from tokenizer import (
     IM_END,

@@ -18,12 +18,12 @@ from tiny import dpo_config, pretrain_config, sentences, sft_config, write_jsonl
 import dpo_train
 import sft_train
 import train_llm
+from corpus.readers import split_hash
 from dpo_data import prepare_dpo_data
-from files import split_hash
-from run_config import AT_LEAST_ONE, LARGEST, OPTIONAL, resolve_config, shown
+from engine.settings import AT_LEAST_ONE, LARGEST, OPTIONAL, resolve_config, shown
+from engine.steps import NumericalError, seed_everything, seed_step
 from sft_data import prepare_sft_data
 from train_data import prepare_data
-from training import NumericalError, seed_everything, seed_step
 
 # --- records of any shape -----------------------------------------------------------------------
 

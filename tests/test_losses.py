@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import losses
-from losses import (
+from kernels import cross_entropy as losses
+from kernels.cross_entropy import (
     IGNORE_INDEX,
     _ChunkedCrossEntropy,
     chunked_cross_entropy,

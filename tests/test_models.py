@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from attention import build_attention_mask
+from kernels.masks import build_attention_mask
 from models import CustomLLM, CustomLLMConfig, rope_cos_sin
 
 VOCAB = 97
@@ -319,7 +319,7 @@ def test_attention_weights_are_dropped_in_training_only(monkeypatch):
         return sdpa(*args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("attention.IN_BLOCKS", set())  # as on a GPU
+    monkeypatch.setattr("kernels.masks.IN_BLOCKS", set())  # as on a GPU
     model(random_ids(1, 3))
     model.train()(random_ids(1, 3))
     assert rates == [0.0, 0.0, 0.3, 0.3]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-import moe
+from kernels import experts as moe
+from kernels.experts import MoE, can_use_grouped_mm
 from models import CustomLLM, CustomLLMConfig
-from moe import MoE, can_use_grouped_mm
 
 VOCAB, CPU = 97, torch.device("cpu")
 # Rows of 32 or 48 fp32 numbers are multiples of 16 bytes, rows of 30 or 46 are not.

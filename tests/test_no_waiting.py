@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dpo_train
 import sft_train
 import train_llm
+from engine.optim import build_optimizers, optimizer_step
+from engine.steps import make_precision
 from models import CustomLLM, CustomLLMConfig
-from optimizers import build_optimizers, optimizer_step
-from training import make_precision
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def looks_in_a_step(monkeypatch, stage, train, config) -> list[int]:
 
     monkeypatch.setattr(stage, "seed_step", start)
     monkeypatch.setattr(stage, "is_due", end)
-    monkeypatch.setattr("losses.SKIPS_IGNORED", set())  # as on a GPU
+    monkeypatch.setattr("kernels.cross_entropy.SKIPS_IGNORED", set())  # as on a GPU
     monkeypatch.setattr("models.can_attend_by_document", lambda *_: False)  # reads their lengths
     train(wandb_config=config | {"log_every": 0, "eval_every": 0, "save_every": 0, "max_steps": 3})
     return looks
@@ -85,7 +85,7 @@ def test_a_pretraining_step_never_waits_for_the_device(monkeypatch, tmp_path, op
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_step_of_experts_runs_on_tensors_that_have_no_values_to_look_at(monkeypatch, optimizer):
     # Not counted as above: on a CPU torch's grouped product itself reads the experts' counts.
-    monkeypatch.setattr("losses.SKIPS_IGNORED", set())  # as on a GPU
+    monkeypatch.setattr("kernels.cross_entropy.SKIPS_IGNORED", set())  # as on a GPU
     config = {"optimizer": optimizer, "learning_rate": 1e-3, "weight_decay": 0.1}
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         model = CustomLLM(CustomLLMConfig(64, use_moe=True, **MODEL)).train()

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tiny import MODEL, dpo_config, logged, pretrain_config, sft_config
 
-import out_of_memory
 from dpo_train import train_dpo
+from engine import guards as out_of_memory
+from engine.guards import explain_out_of_memory, fit_batch_size, largest_micro_batch
+from engine.optim import build_optimizers
+from engine.preference import AnswerScorer
 from models import CustomLLM, CustomLLMConfig
-from optimizers import build_optimizers
-from out_of_memory import explain_out_of_memory, fit_batch_size, largest_micro_batch
 from plan import read_config
-from preference import AnswerScorer
 from sft_train import train_sft
 from train_llm import train
 

@@ -8,8 +8,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from losses import IGNORE_INDEX
-from packing import (
+from corpus.packing import (
     PackedCollator,
     best_fit,
     cached_splits,
@@ -20,6 +19,7 @@ from packing import (
     split_windows,
     target_bytes,
 )
+from kernels.cross_entropy import IGNORE_INDEX
 from tokenizer import encode_plain, token_byte_lengths
 
 PAD = 7

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from test_training import tiny_model
 
 from dpo_data import PairCollator
-from preference import (
+from engine.preference import (
     AnswerScorer,
     batch_losses,
     check_loss_options,
@@ -15,7 +15,7 @@ from preference import (
     preference_losses,
     reference_logps,
 )
-from training import make_precision
+from engine.steps import make_precision
 
 CPU = torch.device("cpu")
 OPTIONS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
@@ -151,7 +151,7 @@ def test_impossible_loss_options_are_refused(changes, message):
 def test_reference_log_probs_in_large_batches_equal_live_ones(monkeypatch):
     from datasets import Dataset
 
-    monkeypatch.setattr("preference.REFERENCE_BATCH", 3)
+    monkeypatch.setattr("engine.preference.REFERENCE_BATCH", 3)
     model, pairs = tiny_model().eval(), random_pairs(8)
     cached = reference_logps(
         AnswerScorer(model), Dataset.from_list(pairs), PairCollator(0), make_precision(None, CPU)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from run_config import parse_arguments, resolve_config
+from engine.settings import parse_arguments, resolve_config
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README_en.md")

@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from run_config import parse_arguments, resolve_config, run_from_command_line
+from engine.settings import parse_arguments, resolve_config, run_from_command_line
 
 DEFAULTS = {
     "batch_size": 32,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import write_jsonl
 
 import sft_data
-from chat_format import FormatError, Renderer, flatten, to_messages, truncate
+from corpus.chat_format import FormatError, Renderer, flatten, to_messages, truncate
 from sft_data import inspect, prepare_sft_data
 
 TALK = [

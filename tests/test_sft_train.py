@@ -146,7 +146,7 @@ def test_bad_data_stops_before_training(tmp_path, base_model, monkeypatch):
 
 def test_the_loss_equals_trls(tmp_path, base_model):
     pytest.importorskip("trl", reason="a peer, not a requirement")
-    from chat_format import to_messages
+    from corpus.chat_format import to_messages
     from models import CustomLLM
     from sft_data import prepare_sft_data
 

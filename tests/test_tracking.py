@@ -6,8 +6,8 @@ import torch
 import wandb
 from test_training import tiny_model
 
-from checkpoint import Run
-from tracking import (
+from engine.checkpoint import Run
+from engine.report import (
     Meter,
     Tracker,
     active_parameters,
@@ -120,7 +120,7 @@ def test_only_the_chosen_experts_are_active():
 
 def test_the_meter_counts_real_tokens_and_leaves_pauses_out(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("tracking.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engine.report.time.perf_counter", lambda: now[0])
     sampler = SimpleNamespace(total_steps=10, start_step=2)
     meter = Meter(tiny_model(), sampler, 1000, torch.device("cpu"))
     meter.count(600)

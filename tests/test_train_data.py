@@ -10,9 +10,9 @@ import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-import corpus
 import train_data
-from packing import data_fingerprint, split_windows, target_bytes
+from corpus import documents as corpus
+from corpus.packing import data_fingerprint, split_windows, target_bytes
 from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
 from train_data import inspect, iter_documents, prepare_data, unigram_loss
 

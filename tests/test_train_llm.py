@@ -18,11 +18,11 @@ from tiny import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_llm
-import training
-from checkpoint import list_checkpoints
-from tracking import read_metrics
+from engine import steps as training
+from engine.checkpoint import list_checkpoints
+from engine.report import read_metrics
+from engine.steps import NumericalError
 from train_llm import train
-from training import NumericalError
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,16 +9,14 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import training
-from attention import ATTENTION_KERNELS
-from models import CustomLLM, CustomLLMConfig
-from optimizers import (
+from engine import steps as training
+from engine.optim import (
     build_optimizers,
     learning_rate_factor,
     optimizer_step,
     set_learning_rate,
 )
-from training import (
+from engine.steps import (
     StepSampler,
     StopSignal,
     check_finite,
@@ -30,6 +28,8 @@ from training import (
     make_precision,
     seed_step,
 )
+from kernels.masks import ATTENTION_KERNELS
+from models import CustomLLM, CustomLLMConfig
 
 CPU = torch.device("cpu")
 ORDER = {"seed": 1, "batch_size": 3, "gradient_accumulation_steps": 2, "num_epochs": 2}

@@ -10,7 +10,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tracking import read_metrics
+from engine.report import read_metrics
 
 MODEL = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64}
 LOOP = {

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from torch import nn
 
-from checkpoint import load_model_folder
+from corpus.packing import data_fingerprint
+from corpus.readers import atomic_folder, cache_lock, content_hash, settings_hash
 from dpo_data import shared_question_mask
-from files import atomic_folder, cache_lock, content_hash, settings_hash
-from losses import token_log_probs
-from packing import data_fingerprint
-from training import to_device
+from engine.checkpoint import load_model_folder
+from engine.steps import to_device
+from kernels.cross_entropy import token_log_probs
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 REFERENCE_BATCH = 32  # pairs: no gradients, so larger than a training batch

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-import attention
-from blocked_swiglu import blocked_swiglu
-from fused import compute_dtype, recompute
+from kernels import masks as attention
+from kernels.norm_rope import compute_dtype, recompute
+from kernels.swiglu import blocked_swiglu
 from model_config import CustomLLMConfig
 
 

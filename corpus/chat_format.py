@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from files import find_files, input_error, iter_records
+from corpus.readers import find_files, input_error, iter_records
 from tokenizer import IM_END, IM_START, encode_plain
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat_format import iter_conversations, to_messages
-from checkpoint import open_model_folder
-from files import input_error, iter_records
+from corpus.chat_format import iter_conversations, to_messages
+from corpus.readers import input_error, iter_records
+from engine.checkpoint import open_model_folder
 
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.9, 0.95, 256
 

@@ -7,7 +7,7 @@ import numpy as np
 import xxhash
 from datasets import Dataset, load_dataset
 
-from files import content_hash, find_files, input_error, is_local, iter_records
+from corpus.readers import content_hash, find_files, input_error, is_local, iter_records
 
 SAMPLE = "data/pretrain_sample.jsonl"
 

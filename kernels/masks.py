@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.attention.varlen import varlen_attn
 
-from blocked_attention import blocked_attention
+from kernels.attention import blocked_attention
 
 ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,

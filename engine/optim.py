@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from devices import gather
-from training import Precision
+from engine.sharding import gather
+from engine.steps import Precision
 
 
 def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:

@@ -22,12 +22,12 @@ from safetensors.torch import load_model
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from devices import gather, whole_model
-from files import atomic_folder, write_whole
+from corpus.readers import atomic_folder, write_whole
+from engine.settings import AUTO_ROWS
+from engine.sharding import gather, whole_model
+from engine.steps import NumericalError
 from models import CustomLLM
-from run_config import AUTO_ROWS
 from tokenizer import END_OF_TEXT, IM_END, create_tokenizer
-from training import NumericalError
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}

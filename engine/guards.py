@@ -9,11 +9,11 @@ import torch
 from accelerate.utils import gather_object
 
 from dpo_data import PairCollator
+from engine.optim import set_learning_rate
+from engine.preference import AnswerScorer, batch_losses
+from engine.settings import AUTO_ROWS
+from engine.steps import Precision, to_device
 from model_config import CustomLLMConfig
-from optimizers import set_learning_rate
-from preference import AnswerScorer, batch_losses
-from run_config import AUTO_ROWS
-from training import Precision, to_device
 
 DPO_SCRIPT = "dpo_train.py"
 

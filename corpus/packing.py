@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import PreTrainedTokenizerBase
 
-from files import atomic_folder, cache_lock, content_hash, find_files, settings_hash
-from losses import IGNORE_INDEX
+from corpus.readers import atomic_folder, cache_lock, content_hash, find_files, settings_hash
+from kernels.cross_entropy import IGNORE_INDEX
 from tokenizer import token_byte_lengths, tokenizer_identity
 
 CACHE_VERSION = 2  # raise it when the rows made from the same conversations change

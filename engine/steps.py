@@ -15,9 +15,9 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader
 
-from attention import ATTENTION_KERNELS
-from devices import whole_model
-from losses import IGNORE_INDEX
+from engine.sharding import whole_model
+from kernels.cross_entropy import IGNORE_INDEX
+from kernels.masks import ATTENTION_KERNELS
 
 # --- device and precision -----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from files import explain_full_disk, write_whole
+from corpus.readers import explain_full_disk, write_whole
 
 # Dense peak of matrix products with fp32 accumulation, FLOP/s: what PyTorch can reach at most.
 PEAK_FLOPS = {"3090": 71e12, "4090": 165e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
