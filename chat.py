@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from corpus.readers import find_newest_final
-from engine.checkpoint import check_model_folder, open_model_folder
+from engine.model_folder import check_model_folder, open_model_folder
+from engine.runs import find_newest_final
 from tokenizer import IM_END
 
 COLUMN = 48  # characters of one side of --compare

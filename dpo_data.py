@@ -13,6 +13,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from corpus import cache
 from corpus.chat_format import (
     FormatError,
     Renderer,
@@ -32,12 +34,17 @@ from corpus.chat_format import (
     to_messages,
     truncate,
 )
-from corpus.packing import best_fit, cached_splits
-from corpus.readers import find_final, print_lines, split_hash
-from tokenizer import create_tokenizer, token_byte_lengths
+from corpus.make_pairs import make_pairs
+from corpus.packing import best_fit
+from corpus.readers import find_files
+from engine.disk import content_hash
+from engine.report import print_lines
+from engine.runs import find_final
+from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
 BATCH = 4096  # pairs rendered at a time: bounds the memory
+CACHE_VERSION = 2  # raise it when the rows made from the same pairs change
 IDS = pa.list_(pa.uint32())
 SCHEMA = pa.schema(
     [("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), ("chosen_bytes", pa.int64())]
@@ -68,16 +75,18 @@ def prepare_dpo_data(
         ValueError: naming the file, the line and the fix; or when no pair is left.
     """
     path = data_path or SAMPLE
-    rows, counts = cached_splits(
-        "dpo", path, tokenizer, max_length, validation_ratio, cache_dir, _write_pairs
-    )
+    cache.check_max_length(max_length)
+    file_hash = content_hash(find_files(path))
+    settings = [file_hash, tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
+    write = partial(_write_pairs, path, tokenizer, max_length)
+    rows, counts = cache.cached_splits("dpo", path, settings, validation_ratio, cache_dir, write)
     drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
     print(
         f"Data {path}: {len(rows['train']):,} training + {len(rows['validation']):,} validation "
         f"pairs ({', '.join(drops) or 'none'} dropped, {counts['answers cut']:,} answers cut)",
         flush=True,
     )
-    return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id)
+    return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id, max_length)
 
 
 def to_pair(record: dict) -> tuple[list[dict], str, str]:
@@ -134,9 +143,8 @@ def _iter_pairs(path: str, counts: Counter) -> Iterator[tuple[list[dict], str, s
             yield prompt, chosen, rejected
 
 
-def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, threshold: float):
-    """As cached_splits wants it: a question whose share is below the threshold is held out."""
-    lowest, highest = 1.0, 0.0
+def _write_pairs(path: str, tokenizer, max_length: int, folder: Path, split):
+    """As cache.cached_splits wants it: a pair's question decides its split."""
     counts: Counter = Counter({"answers cut": 0})
     render = Renderer(tokenizer).render
     byte_lengths = token_byte_lengths(tokenizer)
@@ -145,8 +153,9 @@ def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, threshold:
         pa.ipc.new_stream(str(folder / "train.arrow"), SCHEMA) as train,
         pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
     ):
+        writers = {"train": train, "validation": validation}
         while batch := list(islice(pairs, BATCH)):
-            rows = []  # (share of the question, columns)
+            rows = {name: [] for name in writers}
             rendered = render([[*p, reply(c), reply(r)] for p, c, r in batch])
             for (prompt, _, _), turns in zip(batch, rendered, strict=True):
                 columns = _encode_pair(turns, max_length, counts)
@@ -154,18 +163,13 @@ def _write_pairs(folder: Path, path: str, tokenizer, max_length: int, threshold:
                     counts["dropped: equal after truncation"] += 1
                     continue
                 columns["chosen_bytes"] = int(byte_lengths[columns["chosen_ids"]].sum())
-                question = json.dumps(prompt, sort_keys=True)
-                rows.append((split_hash(question), columns))
-            lowest = min([lowest, *(share for share, _ in rows)])
-            highest = max([highest, *(share for share, _ in rows)])
-            for writer, held_out in ((train, False), (validation, True)):
-                chosen = [columns for share, columns in rows if (share < threshold) is held_out]
-                writer.write_batch(pa.RecordBatch.from_pylist(chosen, schema=SCHEMA))
-            counts["pairs"] += len(rows)
+                rows[split(json.dumps(prompt, sort_keys=True))].append(columns)
+                counts["pairs"] += 1
+            for name, writer in writers.items():
+                writer.write_batch(pa.RecordBatch.from_pylist(rows[name], schema=SCHEMA))
     if not counts["pairs"]:
         raise ValueError(f"{path}: no pair with two different answers ({dict(counts)}).")
     (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
-    return lowest, highest
 
 
 def reply(text: str) -> dict:
@@ -197,8 +201,8 @@ class PairCollator:
     rejected). answer_lengths (2 * pairs,) counts each answer's tokens.
     """
 
-    def __init__(self, pad_token_id: int, multiple: int = 64):
-        self.pad_token_id, self.multiple = pad_token_id, multiple
+    def __init__(self, pad_token_id: int, max_length: int = 512, multiple: int = 64):
+        self.pad_token_id, self.max_length, self.multiple = pad_token_id, max_length, multiple
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         parts = [[np.asarray(p[f"{n}_ids"], np.int64) for n in PARTS] for p in pairs]
@@ -240,20 +244,15 @@ class PairCollator:
                 batch[name] = np.stack([np.asarray(pair[name]) for pair in pairs])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    def full_batch(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """The largest batch there can be: full pairs, of which a quarter is the question."""
+        question = self.max_length // 4
+        pair = {"prompt_ids": np.ones(question), "reference_logps": np.zeros(2, np.float32)}
+        pair |= {f"{n}_ids": np.ones(self.max_length - question) for n in PARTS[1:]}
+        return self([pair | {"chosen_bytes": np.int64(1)}] * batch_size)
+
 
 PARTS = ("prompt", "chosen", "rejected")
-
-
-def shared_question_mask(pair_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
-    """(rows, length) ids -> bool (rows, 1, length, length): who may see whom.
-
-    A token sees earlier tokens of its own pair that belong to the question or to its own answer.
-    """
-    length = pair_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=pair_ids.device).tril()
-    same_pair = pair_ids[:, :, None] == pair_ids[:, None, :]
-    branch = branch_ids[:, None, :]
-    return (causal & same_pair & ((branch <= 0) | (branch == branch_ids[:, :, None])))[:, None]
 
 
 def inspect(pairs: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]:
@@ -279,10 +278,8 @@ def main():
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
     arguments = parser.parse_args()
     try:
-        folder = arguments.model or find_final("checkpoints", "sft", "sft_train.py", "--model")
+        folder = arguments.model or find_final("checkpoints", "sft", "--model")
         if arguments.make_pairs:
-            from corpus.make_pairs import make_pairs  # needs the model; looking at data does not
-
             return make_pairs(str(folder), arguments.make_pairs, arguments.output, arguments.limit)
         tokenizer = create_tokenizer(model_path=str(folder))
         pairs, _ = prepare_dpo_data(tokenizer, arguments.inspect, arguments.max_length)

@@ -5,111 +5,74 @@ python dpo_train.py --dataset my_pairs.jsonl             any key, for this run
 torchrun --nproc_per_node 2 dpo_train.py                 several GPUs
 """
 
-from itertools import islice
+from collections import Counter
+from functools import partial
 
+import torch
+import torch.nn.functional as F
+
+from corpus import cache
 from corpus.chat_format import as_prompt
-from corpus.packing import check_splits, data_fingerprint
-from corpus.readers import find_final
-from curves import plot_curves
 from dpo_data import prepare_dpo_data
-from engine.checkpoint import (
-    check_same_data,
-    load_checkpoint,
-    load_model_folder,
-    open_run,
-    save_checkpoint,
-    save_final,
-    say_how_to_resume,
-)
-from engine.guards import explain_out_of_memory, fit_batch_size
-from engine.optim import (
-    build_optimizers,
-    learning_rate_factor,
-    optimizer_step,
-    set_learning_rate,
-)
-from engine.preference import (
-    AnswerScorer,
-    add_reference_logps,
-    batch_losses,
-    check_loss_options,
-    count_pairs,
-    dpo_loss,
-    summarize,
-    validate_pairs,
-)
-from engine.report import (
-    Meter,
-    Tracker,
-    describe_run,
-    log_line,
-    make_say,
-    progress_bar,
-    validation_line,
-)
-from engine.settings import resolve_config, run_from_command_line
-from engine.sharding import distribute, gradient_sync, make_accelerator, stop_requested
-from engine.steps import (
-    NumericalError,
-    StepSampler,
-    StopSignal,
-    check_finite,
-    checkpoint_blocks,
-    choose_precision,
-    compile_blocks,
-    generate_samples,
-    is_due,
-    make_loader,
-    rank_batches,
-    seed_everything,
-    seed_step,
-    to_device,
+from engine import (
+    checkpoint,
+    evaluation,
+    guards,
+    memory,
+    model_folder,
+    optim,
+    preference,
+    report,
+    runs,
+    runtime,
+    settings,
+    sharding,
+    steps,
 )
 from tokenizer import IM_END, create_tokenizer
 
-__all__ = ["dpo_loss", "train_dpo", "wandb_config"]
-
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 wandb_config = {
     # model
     "init_from": None,  # policy: any Qwen3-architecture folder; None: the newest fine-tuned model
     "max_length": 256,  # tokens of a question with either of its answers
-    "dropout": 0.0,  # the policy's only; the reference never drops
+    "dropout": 0.0,  # of the policy; the reference has none
     # loss
-    "beta": 0.1,  # how dear it is to move away from the reference
+    "beta": 0.1,  # the higher, the closer the policy stays to the reference
     "loss_type": "sigmoid",  # DPO; "ipo" and "hinge" are for comparison
-    "label_smoothing": 0.0,  # cDPO: the share of pairs that may be labelled the wrong way round
+    "label_smoothing": 0.0,  # cDPO: the share of pairs that may be labelled wrongly
     "rpo_alpha": 0.0,  # weight of a fine-tuning loss on chosen answers, against collapse
-    "length_normalized": False,  # log-probs per token in place of sums
-    "max_chosen_logp_drop": 1.0,  # nats per token of chosen answers on validation: then warn
-    "stop_on_collapse": False,  # and stop
+    "length_normalized": False,  # log-probs per token instead of sums
+    "max_chosen_logp_drop": 1.0,  # nats per token of chosen validation answers; then warn
+    "stop_on_collapse": False,  # stop instead of warning
     # data
     "dataset": "data/dpo_sample.jsonl",  # file, folder or glob
     "num_workers": 2,  # processes that collate pairs ahead
     # optimization
-    "batch_size": 8,  # pairs of one forward pass; "auto": of 32, as many as fit
+    "batch_size": 8,  # pairs of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 2,  # forward passes of one optimizer step
-    "learning_rate": 2e-5,  # peak; a larger model wants 5e-7 to 5e-6
+    "learning_rate": 2e-5,  # peak; a larger model needs 5e-7 to 5e-6
     "num_epochs": 2,
-    "max_steps": 0,  # stop earlier; 0: all epochs
+    "max_steps": 0,  # stop after that many; 0: all epochs
     "optimizer": "adamw",  # or "muon"
     "muon_learning_rate": 2e-4,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.1,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
-    "weight_decay": 0.0,  # the reference is what to stay near, not zero
+    "weight_decay": 0.0,  # the policy must stay near the reference, not near zero
     "max_grad_norm": 1.0,  # 0: no clipping
     "seed": 42,
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
-    "gradient_checkpointing": False,  # "attention", "full": ever less memory, more time
-    "torch_compile": "auto",  # on CUDA only; True: everywhere
+    "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
+    "torch_compile": "auto",  # on CUDA only; True: on every device
     # run
     "output_dir": "checkpoints",
-    "log_every": 1,  # in steps, as the three below; each also at the end; 0: never before
+    "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
     "eval_every": 20,
     "sample_every": 40,
     "save_every": 40,
-    "keep_checkpoints": 2,  # the newest so many, and the best
-    "resume": "auto",  # go on with an unfinished run of this configuration; False: never
+    "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
+    "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }
 DEFAULTS = wandb_config  # train_dpo() has a parameter of the same name
 SAMPLE_PROMPTS = [
@@ -126,44 +89,38 @@ def train_dpo(
     data_path: str | None = None,
     reference_model_path: str | None = None,
 ) -> str:
-    """Train a policy on preference pairs; returns its folder, checkpoints/dpo/<run>/final.
+    """Train a policy on preference pairs. Returns its folder, checkpoints/dpo/<run>/final.
 
     Args:
         project_name: the wandb project.
-        run_name: folder under checkpoints/dpo; None: the time, or the unfinished run of the same
-            configuration.
+        run_name: the folder under checkpoints/dpo. None: the unfinished run of the same
+            configuration, otherwise the time.
         wandb_config: any subset of this script's keys.
         data_path: the key `dataset`, as an argument.
-        reference_model_path: folder of the reference model; None: the policy's own start.
+        reference_model_path: folder of the reference model. None: the policy's own start.
 
     Raises:
         ValueError: bad configuration or data, before anything is trained or overwritten.
         NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
-    config = resolve_config(DEFAULTS, wandb_config)
+    config = settings.resolve(DEFAULTS, wandb_config)
     check_loss_options(config)
     config["dataset"] = data_path or config["dataset"]
-    accelerator = make_accelerator()
-    device, is_main = accelerator.device, accelerator.is_main_process
-    rank, world = accelerator.process_index, accelerator.num_processes
-    say = make_say(is_main)
-    precision = choose_precision(config["mixed_precision"], device, say)
-    config["init_from"] = str(
-        config["init_from"] or find_final(config["output_dir"], "sft", "sft_train.py")
-    )
-    seed_everything(config["seed"])
+    rt = runtime.start(config["mixed_precision"], config["seed"])
+    before = config["init_from"] or runs.find_final(config["output_dir"], "sft")
+    config["init_from"] = str(before)
 
     # 2. Run folder: a new one, or an unfinished one to resume
-    run = open_run("dpo", run_name, config, accelerator)
+    run = runs.open_run("dpo", run_name, config, rt)
     if run.final.exists():
-        say(f"{run.final} is finished already: nothing to do.")
+        rt.say(f"{run.final} is finished already: nothing to do.")
         return str(run.final)
 
     # 3. Tokenizer and data
     tokenizer = create_tokenizer(model_path=config["init_from"])
     tokenizer.eos_token = IM_END
-    with accelerator.main_process_first():
+    with rt.main_first():
         splits, collate = prepare_dpo_data(
             tokenizer,
             config["dataset"],
@@ -171,148 +128,199 @@ def train_dpo(
             split=None,
             cache_dir=f"{config['output_dir']}/cache",
         )
-    check_splits(splits, config["dataset"])
-    fingerprint = data_fingerprint(splits["train"])
-    check_same_data(run, fingerprint)
-
-    # 4. Model and optimizer
-    model = load_model_folder(
-        config["init_from"], tokenizer, config["dropout"], config["max_length"], say
-    )
-    model.to(device)
-    reference_path = reference_model_path or config["init_from"]
-    with accelerator.main_process_first():
-        splits = add_reference_logps(
-            splits,
-            reference_path,
-            tokenizer,
-            collate,
-            precision,
-            f"{config['output_dir']}/cache",
-            say,
+        cache.check_splits(splits, config["dataset"])
+    fingerprint = cache.data_fingerprint(splits["train"])
+    runs.check_same_data(run, fingerprint)
+    reference = reference_model_path or config["init_from"]
+    with rt.main_first():
+        splits = preference.add_reference_logps(
+            splits, fingerprint, reference, tokenizer, collate, rt, f"{config['output_dir']}/cache"
         )
-    model.train()
-    checkpoint_blocks(model, config["gradient_checkpointing"])
-    optimizers = build_optimizers(model, config)
-    config = fit_batch_size("dpo_train.py", config, model, optimizers, precision, accelerator, say)
+
+    # 4. Model and optimizers
+    model = model_folder.load_model_folder(
+        config["init_from"], tokenizer, config["dropout"], config["max_length"], rt.say
+    )
+    model.to(rt.device).train()
+    memory.checkpoint_activations(model, config["gradient_checkpointing"])
+    optimizers = optim.build(model, config)
+    trial = (trial_step(config), collate.full_batch)  # what a memory test runs
+    config = guards.fit_batch_size(config, model, optimizers, rt, *trial)
 
     # 5. Resume
-    step, tokens_seen, start_logp, warned = 0, 0, None, False
-    if run.checkpoint:
-        load_checkpoint(run.checkpoint, model, optimizers, precision)
-        step, tokens_seen = run.state["step"], run.state["tokens_seen"]
-        start_logp, warned = run.state["start_logp"], run.state["warned"]
-        say(f"Resuming {run.folder} at step {step}.")
-    compile_blocks(model, config["torch_compile"], device)
-    scorer = distribute(accelerator, AnswerScorer(model), model.model.layers, optimizers)
+    state = checkpoint.resume(run, model, optimizers, rt)
+    start_step = state.get("step", 0)
+    runtime.compile_blocks(model, config["torch_compile"], rt.device)
+    scorer = sharding.distribute(rt, preference.AnswerScorer(model), model.model.layers, optimizers)
 
     # 6. Order of the data
-    sampler = StepSampler(len(splits["train"]), config, rank, world, start_step=step)
-    rows = splits["train"].with_format("numpy")
-    batches = iter(make_loader(rows, collate, config["num_workers"], batch_sampler=sampler))
-    held_out = splits["validation"].with_format("numpy")
-    parts = rank_batches(len(held_out), config["batch_size"], rank, world)
-    validation = make_loader(held_out, collate, num_workers=0, batch_sampler=parts)
+    loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
+    validation = steps.validation_loader(splits["validation"], collate, config, rt)
+    losses = partial(pair_losses, config=config)
 
     # 7. Tracking, and what is about to happen
-    tracker = Tracker(run, project_name, config, is_main)
-    say(describe_run(config, model, sampler, precision, 2 * config["max_length"]))
+    log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
+    finite = guards.FiniteGuard(run, loader.order, rt)
+    collapse = preference.CollapseGuard(config, state, rt)
+    rt.say(report.describe_run(config, model, loader, rt, 2 * config["max_length"]))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
-    if step == 0:
-        metrics = validate_pairs(scorer, validation, precision, accelerator, config)
-        start_logp = metrics["val/logps/chosen_per_token"]
-        tracker.log(metrics, step)
-        say("Before preference optimization:\n" + validation_line(metrics, step))
-        samples = generate_samples(model, tokenizer, prompts, precision)
-        tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-    meter = Meter(model, sampler, tokens_seen, device)
+    if start_step == 0:
+        rt.say("Before preference optimization:")
+        metrics = preference.validate(scorer, validation, rt, losses)
+        collapse.start(metrics)
+        log.validation(metrics, start_step)
+        log.samples(SAMPLE_PROMPTS, evaluation.sample(model, tokenizer, prompts, rt), start_step)
 
     # 8. Loop
-    with (
-        explain_out_of_memory("dpo_train.py", config, model),
-        StopSignal() as stop,
-        progress_bar(sampler, is_main) as bar,
-    ):
-        while step < sampler.total_steps:
-            # All micro-batches of the step first: each loss is divided by all their pairs.
-            micro_batches = list(islice(batches, sampler.micro_batches(step)))
-            num_pairs, tokens = count_pairs(micro_batches, accelerator)
-            factor = learning_rate_factor(step, sampler.total_steps, config)
-            learning_rates = set_learning_rate(optimizers, factor)
-            seed_step(config["seed"], step, rank)
+    with runtime.StopSignal() as stop, guards.explain_oom(config, model.config, *trial), log:
+        for step, micro_batches in loader:  # steps count from 1
+            # Every loss is divided by the pairs of the whole step, over all micro-batches and
+            # ranks: many small batches give exactly the gradient of one large batch.
+            num_pairs, num_tokens = preference.count_pairs(micro_batches, rt)
+            rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
+            rt.seed(config["seed"], step)
 
-            sums = 0.0
-            for index, batch in enumerate(micro_batches):
-                batch = to_device(batch, device)
-                is_last = index == len(micro_batches) - 1
-                with gradient_sync(accelerator, scorer, is_last):
-                    with precision.autocast():
-                        logps = scorer(**batch)
-                    losses, totals = batch_losses(logps, batch, config)
-                    loss = losses.sum() / num_pairs
-                    # Ranks' gradients are averaged: times their number, they are summed.
-                    precision.scaler.scale(loss * world).backward()
-                del logps, losses, loss  # and their graph, before the next forward
-                sums += totals
-            grad_norm = optimizer_step(model, optimizers, precision, config["max_grad_norm"])
-            step += 1
-            meter.count(tokens)
-            bar.update()
+            totals = Counter()
+            for batch in rt.accumulate(scorer, micro_batches):
+                totals.update(forward_backward(scorer, batch, num_pairs, rt, config))
+            grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])
+            finite.note(step, grad_norm)
+            log.count(num_tokens)
 
-            stopping = stop_requested(stop, accelerator)
-            due = is_due(config, step, sampler.total_steps, stopping)
-            if due["log"]:
-                metrics = summarize(sums, accelerator)
-                metrics |= {
-                    "train/loss": metrics.pop("loss"),
-                    **learning_rates,
-                    "train/grad_norm": float(grad_norm),
-                    "train/epoch": step / sampler.steps_per_epoch,
-                    **precision.metrics(),
-                    **meter.read(step),
-                }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
-                tracker.log(metrics, step)
-                say(log_line(metrics, step, sampler.total_steps) + reward_line(metrics))
-            val_loss, collapsed = None, False
-            with meter.paused():
-                if due["eval"]:
-                    metrics = validate_pairs(scorer, validation, precision, accelerator, config)
+            stopping = rt.any(stop.received is not None)
+            due = steps.due(config, step, loader.total_steps, stopping)
+            if due.log:
+                metrics = preference.pair_metrics(totals, rt) | rates | report.scaler_metrics(rt)
+                metrics["train/loss"] = metrics.pop("loss")
+                metrics["train/grad_norm"] = float(grad_norm)
+                metrics["train/epoch"] = step / loader.order.steps_per_epoch
+                finite.check(metrics["train/loss"], step)
+                log.train(metrics, step, reward_line(metrics))
+            val_loss = None
+            with log.paused():  # what follows does not count in tokens per second
+                if due.eval:
+                    metrics = preference.validate(scorer, validation, rt, losses)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
-                    tracker.log(metrics, step)
-                    say(validation_line(metrics, step))
-                    drop = start_logp - metrics["val/logps/chosen_per_token"]
-                    collapsed = drop > config["max_chosen_logp_drop"]
-                    if collapsed and not warned:
-                        warned = due["save"] = True
-                        say(collapse_warning(drop, config))
-                if due["sample"]:
-                    samples = generate_samples(model, tokenizer, prompts, precision)
-                    tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-                if due["save"]:
-                    state = {"step": step, "tokens_seen": meter.tokens_seen, "val_loss": val_loss}
-                    state |= {"data_fingerprint": fingerprint, "wandb_id": tracker.wandb_id}
-                    state |= {"start_logp": start_logp, "warned": warned}
-                    save_checkpoint(run, model, optimizers, precision, state, config, is_main)
-            if stopping and step < sampler.total_steps:
-                tracker.finish()
-                say_how_to_resume(run, stop, say)
+                    finite.check(val_loss, step)
+                    log.validation(metrics, step)
+                    due.save |= collapse.check(metrics)
+                if due.sample:
+                    samples = evaluation.sample(model, tokenizer, prompts, rt)
+                    log.samples(SAMPLE_PROMPTS, samples, step)
+                if due.save:
+                    state = {"step": step, "val_loss": val_loss, "data_fingerprint": fingerprint}
+                    state |= log.state() | collapse.state()
+                    checkpoint.save(run, model, optimizers, rt, state, config)
+            if stopping and step < loader.total_steps:
+                log.finish()
+                runs.say_how_to_resume(run, stop, rt)
                 raise SystemExit(0)
-            if collapsed and config["stop_on_collapse"]:
-                tracker.finish()
-                raise NumericalError(
+            if collapse.collapsed and config["stop_on_collapse"]:
+                log.finish()
+                raise guards.NumericalError(
                     f"Stopped at step {step} by stop_on_collapse; saved {run.checkpoint}."
                 )
 
     # 9. Final save
-    if is_main:
-        plot_curves(run.folder)  # first: a run that has its final folder is never touched again
-    save_final(run, model, tokenizer, is_main)
-    tracker.finish()
-    accelerator.wait_for_everyone()
-    say(f"Finished: {run.final}")
+    log.draw_curves()  # first: a finished run is never touched again
+    checkpoint.save_final(run, model, tokenizer, rt)
+    log.finish()
+    rt.wait()
+    rt.say(f"Finished: {run.final}")
     return str(run.final)
+
+
+def forward_backward(
+    scorer, batch: dict, num_pairs: int, rt: runtime.Runtime, config: dict
+) -> dict:
+    """Gradients of one micro-batch. Returns detached sums, so that its graph is freed here."""
+    with rt.autocast():
+        logps = scorer(**batch)
+    losses, sums = pair_losses(logps, batch, config)
+    rt.backward(losses.sum() / num_pairs)
+    return sums
+
+
+def trial_step(config: dict):
+    """forward_backward of a bare model, for those who count its memory."""
+    return lambda model, *rest: forward_backward(preference.AnswerScorer(model), *rest, config)
+
+
+def pair_losses(logps: torch.Tensor, batch: dict, config: dict) -> tuple[torch.Tensor, dict]:
+    """Losses (pairs,) from the answers' log-probs (2 * pairs,), and sums for the metrics."""
+    lengths = batch["answer_lengths"].view(-1, 2)  # (pairs, 2)
+    policy, reference = logps.view(-1, 2), batch["reference_logps"].view(-1, 2)
+    if config["length_normalized"]:
+        policy, reference = policy / lengths, reference / lengths
+    losses, *rewards = preference_losses(
+        *policy.unbind(1),
+        *reference.unbind(1),
+        config["beta"],
+        config["loss_type"],
+        config["label_smoothing"],
+    )
+    if config["rpo_alpha"]:  # Pang et al. 2024 (arXiv 2404.19733): likelihood of the chosen answer
+        losses = losses - config["rpo_alpha"] * logps[::2] / lengths[:, 0]
+    return losses, preference.pair_sums(losses, *rewards, logps, batch)
+
+
+def preference_losses(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, chosen reward and rejected reward of each pair, all (pairs,); rewards are detached.
+
+    sigmoid: DPO, Rafailov et al. 2023, eq. 7, with cDPO's label smoothing. ipo: Azar et al. 2023,
+    eq. 17. hinge: SLiC, Zhao et al. 2023.
+    """
+    chosen = policy_chosen_logps - reference_chosen_logps
+    rejected = policy_rejected_logps - reference_rejected_logps
+    margin = chosen - rejected
+    if loss_type == "sigmoid":
+        right, wrong = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+        losses = (1 - label_smoothing) * right + label_smoothing * wrong
+    elif loss_type == "ipo":
+        losses = (margin - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        losses = F.relu(1 - beta * margin)
+    else:
+        raise ValueError(f"loss_type={loss_type!r} must be one of {', '.join(LOSS_TYPES)}.")
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def dpo_loss(
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    beta: float = 0.1,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """preference_losses, with its options, the losses averaged over the pairs to a scalar."""
+    policy = (policy_chosen_logps, policy_rejected_logps)
+    reference = (reference_chosen_logps, reference_rejected_logps)
+    losses, *rewards = preference_losses(*policy, *reference, beta, **options)
+    return losses.mean(), *rewards
+
+
+def check_loss_options(config: dict):
+    """Raises ValueError listing every option that cannot be."""
+    problems = []
+    if config["loss_type"] not in LOSS_TYPES:
+        problems.append(f"loss_type={config['loss_type']!r} must be one of {', '.join(LOSS_TYPES)}")
+    if config["beta"] <= 0:
+        problems.append(f"beta={config['beta']} must be above 0")
+    if not 0 <= config["label_smoothing"] < 0.5:
+        problems.append(f"label_smoothing={config['label_smoothing']} must be in [0, 0.5)")
+    elif config["label_smoothing"] and config["loss_type"] != "sigmoid":
+        problems.append('label_smoothing needs loss_type "sigmoid"')
+    if problems:
+        raise ValueError("wandb_config: " + "; ".join(problems) + ".")
 
 
 def reward_line(metrics: dict) -> str:
@@ -320,17 +328,8 @@ def reward_line(metrics: dict) -> str:
     return "".join(f" | {name.split('/')[1]} {metrics[name]:.3g}" for name in names)
 
 
-def collapse_warning(drop: float, config: dict) -> str:
-    return (
-        f"WARNING: chosen answers of the validation set have become {drop:.2f} nats per token less "
-        f"likely than at the start (max_chosen_logp_drop {config['max_chosen_logp_drop']}): the "
-        "model forgets what it should prefer. Lower learning_rate, raise beta, or set rpo_alpha "
-        "to 0.1 - 1."
-    )
-
-
 def main():
-    run_from_command_line(train_dpo, wandb_config)
+    settings.run_from_command_line(train_dpo, wandb_config)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from corpus.documents import iter_documents
-from corpus.readers import find_files, find_newest_final, input_error, iter_records, read_text
-from engine.checkpoint import open_model_folder
-from kernels.cross_entropy import token_log_probs
+from corpus.readers import find_files, input_error, iter_records, read_text
+from engine.model_folder import open_model_folder
+from engine.runs import find_newest_final
 from tokenizer import encode_plain, token_byte_lengths
 
 LETTERS = "ABCDEFGH"
@@ -34,6 +34,7 @@ def window_log_probs(model, windows: list[tuple[list[int], int]]) -> list[np.nda
 
     Windows are padded to a batch on the right, where causal attention cannot see the padding.
     """
+    backend = model.backend
     order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
     results: list[np.ndarray] = [np.zeros(0)] * len(windows)
     while order:
@@ -48,7 +49,9 @@ def window_log_probs(model, windows: list[tuple[list[int], int]]) -> list[np.nda
             ids, first = windows[index]
             predictors = hidden[row, first - 1 : len(ids) - 1]
             targets = torch.tensor(ids[first:], device=hidden.device)
-            log_probs = token_log_probs(predictors, model.lm_head.weight, targets)
+            log_probs = backend.token_log_probs(
+                predictors, model.lm_head.weight, targets, backend.chunks
+            )
             results[index] = log_probs.double().cpu().numpy()
     return results
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.checkpoint import open_model_folder
+from engine.model_folder import open_model_folder
 from tokenizer import IM_END, QWEN2_SPLIT
 
 DTYPES = ("f32", "f16", "q8_0")

@@ -1,13 +1,16 @@
 """The model: a Qwen3-architecture decoder, dense or mixture-of-experts, in one file.
 
-Parameter names, shapes and arithmetic are Qwen3's, so a saved folder *is* a Qwen3 (or Qwen3-MoE)
+Parameter names, shapes and arithmetic are Qwen3's. A saved folder *is* a Qwen3 (or Qwen3-MoE)
 checkpoint: `AutoModelForCausalLM.from_pretrained(folder)` gives equal logits without custom code.
 
     residual stream   x = x + attention(norm(x));  x = x + mlp(norm(x))     pre-norm, no biases
-    attention         grouped-query, per-head RMSNorm on q and k, rotate-half RoPE, causal SDPA
-    mlp               SwiGLU, or top-k of several SwiGLU experts
-    loss              fp32 cross entropy summed over targets, never materialising all logits
+    attention         grouped-query, per-head RMSNorm on q and k, rotate-half RoPE, causal
+    mlp               SwiGLU, or the top k of several SwiGLU experts
+    loss              fp32 cross entropy summed over targets; all logits are never in memory at once
     init              normal(0, 0.02); projections into the residual stream / sqrt(2 * n_layers)
+
+Operations that have a faster form than plain PyTorch are called through `backend`, a value of
+kernels.Backend. kernels.REFERENCE runs the whole model in plain PyTorch.
 """
 
 from dataclasses import dataclass
@@ -20,10 +23,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from kernels.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
-from kernels.experts import MoE, SwiGLU
-from kernels.masks import attend, build_attention_mask, can_attend_by_document
-from kernels.norm_rope import norm_and_rotate, rms_norm
+import kernels
+from kernels import IGNORE_INDEX, Backend
 from model_config import CustomLLMConfig
 
 __all__ = ["CustomLLM", "CustomLLMConfig", "CustomLLMOutput"]
@@ -37,15 +38,15 @@ class CustomLLMOutput(MoeCausalLMOutputWithPast):
 
 
 class RMSNorm(nn.Module):
-    """Holds the weight of fused.rms_norm."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
+        return backend.rms_norm(x, self.weight, self.eps)
 
 
 def rope_cos_sin(
@@ -53,11 +54,35 @@ def rope_cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(batch, seq) positions -> fp32 cos and sin, each (batch, 1, seq, head_dim / 2).
 
-    Computed afresh each forward: 32 frequencies cost nothing, and no buffer can go stale on load.
+    Computed in each forward: 32 frequencies cost nothing, and there is no buffer to load or move.
     """
     exponent = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
     angle = position_ids[:, None, :, None].float() * theta**-exponent  # (batch, 1, seq, head_dim/2)
     return angle.cos(), angle.sin()
+
+
+def build_attention_mask(input_ids, attention_mask, position_ids, past: int):
+    """None where plain causal attention is right, otherwise bool (batch, 1, seq, past + seq).
+
+    Documents packed into one row are told apart by position_ids that restart at 0. Looking whether
+    they restart would make a GPU wait, so that position_ids always lead to a mask.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask  # made by the caller: DPO's shared questions
+    packed = position_ids is not None and past == 0
+    if attention_mask is None and not packed and (past == 0 or input_ids.shape[1] == 1):
+        # One new token may see the whole cache: SDPA's causal mask would hide it.
+        return None if past == 0 else input_ids.new_ones((1, 1, 1, 1), dtype=torch.bool)
+    query = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+    key = torch.arange(past + input_ids.shape[1], device=input_ids.device)
+    mask = (key <= query[:, None])[None]  # (1, seq, past + seq)
+    if packed:
+        document = (position_ids == 0).cumsum(-1)  # (batch, seq)
+        mask = mask & (document[:, :, None] == document[:, None, :])
+    if attention_mask is not None:
+        # A padding query sees itself: softmax over no key at all is undefined.
+        mask = mask & (attention_mask.bool()[:, None, :] | (key == query[:, None]))
+    return mask[:, None]  # (batch, 1, seq, past + seq)
 
 
 class Attention(nn.Module):
@@ -74,17 +99,81 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attention_mask, cache) -> torch.Tensor:
+    def forward(self, x, cos, sin, attention_mask, cache, backend: Backend) -> torch.Tensor:
         split = {"pattern": "b s (h d) -> b h s d", "d": self.head_dim}
         q = rearrange(self.q_proj(x), **split)  # (batch, heads, seq, head_dim)
         k = rearrange(self.k_proj(x), **split)  # (batch, kv_heads, seq, head_dim)
         v = rearrange(self.v_proj(x), **split)
-        q = norm_and_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
-        k = norm_and_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
+        q = backend.norm_and_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
+        k = backend.norm_and_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)  # (batch, kv_heads, past + seq, head_dim)
-        x = attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
+        x = backend.attend(q, k, v, attention_mask, self.dropout if self.training else 0.0)
         return self.o_proj(rearrange(x, "b h s d -> b s (h d)"))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.down_proj.writes_residual = True
+
+    def forward(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
+        return backend.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Each token goes to the top_k experts that the router prefers, weighted by its softmax.
+
+    Experts are separate 2-D matrices, as on disk and as Muon needs them. The grouped matrix product
+    stacks a copy of them, which mixed precision would make anyway.
+    """
+
+    def __init__(self, config: CustomLLMConfig):
+        super().__init__()
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.gate = nn.Linear(config.d_model, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            SwiGLU(config.d_model, config.moe_d_ff) for _ in range(config.num_experts)
+        )
+
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor | None, backend: Backend):
+        """x (batch, seq, d_model), token_mask (batch, seq) True where a token is real.
+
+        Returns (output, balancing loss, expert load (experts,)).
+        """
+        tokens = rearrange(x, "b s d -> (b s) d")
+        with torch.autocast(x.device.type, enabled=False):  # a rounded router picks other experts
+            probs = F.linear(tokens.float(), self.gate.weight.float()).softmax(-1)
+            top_probs, top_experts = probs.topk(self.top_k, dim=-1)  # (tokens, top_k)
+            top_probs = top_probs / top_probs.sum(-1, keepdim=True)
+            balance, load = self._balance(probs, top_experts, token_mask)
+
+        # Sort the (token, slot) pairs by expert: each expert gets its rows one after the other.
+        order = top_experts.flatten().argsort(stable=True)  # (tokens * top_k,)
+        counts = F.one_hot(top_experts.flatten(), self.num_experts).sum(0)  # (experts,)
+        outputs = backend.run_experts(tokens[order // self.top_k], counts, self.experts, backend)
+        outputs = torch.empty_like(outputs).index_copy(0, order, outputs)  # back in token order
+        outputs = rearrange(outputs, "(n k) d -> n k d", k=self.top_k)
+        mixed = (outputs * top_probs.to(outputs.dtype).unsqueeze(-1)).sum(1)  # (tokens, d_model)
+        return mixed.view_as(x), balance, load
+
+    def _balance(self, probs, top_experts, token_mask):
+        """experts * sum_e(share of tokens sent to e * mean probability of e): 1 when balanced.
+
+        Switch Transformer (arXiv 2101.03961), eq. 4, with each of the top_k choices counted.
+        """
+        weight = torch.ones_like(probs[:, 0])
+        if token_mask is not None:
+            weight = token_mask.flatten().float()
+        weight = weight / weight.sum().clamp(min=1)  # (tokens,), 0 at padding
+        chosen = F.one_hot(top_experts, self.num_experts).sum(1) / self.top_k  # (tokens, experts)
+        load = weight @ chosen.float()  # (experts,)
+        return self.num_experts * (load * (weight @ probs)).sum(), load
 
 
 class Block(GradientCheckpointingLayer):
@@ -96,24 +185,26 @@ class Block(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.mlp = MoE(config) if config.use_moe else SwiGLU(config.d_model, config.d_ff)
 
-    def forward(self, x, cos, sin, attention_mask, token_mask, cache=None):
+    def forward(self, x, cos, sin, attention_mask, token_mask, backend: Backend, cache=None):
         """x (batch, seq, d_model) -> (x, balancing loss | None, expert load | None)."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, attention_mask, cache)
+        normed = self.input_layernorm(x, backend)
+        attended = self.self_attn(normed, cos, sin, attention_mask, cache, backend)
         x = x + F.dropout(attended, self.dropout, self.training)
-        normed, balance, load = self.post_attention_layernorm(x), None, None
+        normed, balance, load = self.post_attention_layernorm(x, backend), None, None
         if self.use_moe:
-            output, balance, load = self.mlp(normed, token_mask)
+            output, balance, load = self.mlp(normed, token_mask, backend)
         else:
-            output = self.mlp(normed)
+            output = self.mlp(normed, backend)
         return x + F.dropout(output, self.dropout, self.training), balance, load
 
 
 class Backbone(nn.Module):
-    """Everything between token ids and the output head."""
+    """Everything between token ids and the output head. backend: None means its device's."""
 
     def __init__(self, config: CustomLLMConfig):
         super().__init__()
         self.config = config
+        self.backend: Backend | None = None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.rms_norm_eps)
@@ -122,13 +213,14 @@ class Backbone(nn.Module):
         self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seq_lens_q=None
     ):
         """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding,
-        or a ready bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as CustomLLM.forward's.
+        or a finished bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as in CustomLLM.forward.
 
         Returns (hidden (batch, seq, d_model), balancing loss, expert load (layers, experts)).
         """
         past = 0 if cache is None else cache.get_seq_length()
-        dropout = self.config.dropout if self.training else 0.0
-        if cu_seq_lens_q is not None and can_attend_by_document(self.embed_tokens.weight, dropout):
+        backend = self.backend or kernels.for_device(input_ids.device)
+        weight, dropout = self.embed_tokens.weight, self.config.dropout if self.training else 0.0
+        if cu_seq_lens_q is not None and backend.can_attend_by_document(weight, dropout):
             mask = cu_seq_lens_q
         else:
             mask = build_attention_mask(input_ids, attention_mask, position_ids, past)
@@ -143,10 +235,10 @@ class Backbone(nn.Module):
         x = F.dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
         balances, loads = [], []
         for layer in self.layers:
-            x, balance, load = layer(x, cos, sin, mask, token_mask, cache=cache)
+            x, balance, load = layer(x, cos, sin, mask, token_mask, backend, cache=cache)
             balances.append(balance)
             loads.append(load)
-        x = self.norm(x)
+        x = self.norm(x, backend)
         if not self.config.use_moe:
             return x, None, None
         return x, torch.stack(balances).mean(), torch.stack(loads)
@@ -177,11 +269,14 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.model.embed_tokens
+    @property
+    def backend(self) -> Backend:
+        """What the model computes with. Set it to compute as on another device."""
+        return self.model.backend or kernels.for_device(self.device)
 
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.model.embed_tokens = value
+    @backend.setter
+    def backend(self, value: Backend | None):
+        self.model.backend = value
 
     def forward(
         self,
@@ -201,18 +296,18 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, position_ids, labels: int64 (batch, seq). labels are aligned with input_ids
-                (shifted here); -100 and the first token of every document are no targets.
+                and shifted here. -100 and the first token of every document are no targets.
             attention_mask: (batch, past + seq), 0 at padding.
-            num_items_in_batch: what the summed loss is divided by, the number of targets of the
-                whole optimizer step; None: of this batch.
+            num_items_in_batch: divisor of the summed loss, the number of targets of the whole
+                optimizer step; None: of this batch.
             cu_seq_lens_q: int32 (documents + 1,), where each document of the flattened rows starts,
-                and their end; used in place of position_ids where a kernel for it runs.
-            logits_to_keep: only the last so many positions' logits; 0: all.
-            skip_logits: return no logits, as training wants: the loss needs never hold them.
+                and the end. It replaces the mask of position_ids where a kernel for it runs.
+            logits_to_keep: compute logits of that many last positions; 0: of all.
+            skip_logits: compute no logits. Training does not need them: the loss makes its own.
 
         Returns:
-            loss: fp32 scalar; in training plus router_aux_loss_coef * aux_loss (weighted by this
-                batch's share of num_items_in_batch). logits: (batch, seq, vocab_size).
+            loss: fp32 scalar. In training it includes router_aux_loss_coef * aux_loss, weighted by
+                this batch's share of num_items_in_batch. logits: (batch, seq, vocab_size).
                 aux_loss: the balancing loss, 1 when experts are equally used; None when dense.
         """
         cache = kwargs.pop("past_key_values", cache)  # the cache's name before transformers 5.23
@@ -223,7 +318,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         )
         loss = logits = None
         if labels is not None:
-            if attention_mask is not None:  # what padding would predict is no target
+            if attention_mask is not None:  # padding predicts no target
                 labels = labels.clone()
                 labels[:, 1:].masked_fill_(attention_mask[:, :-1] == 0, IGNORE_INDEX)
             loss = self._loss(hidden, labels, position_ids, num_items_in_batch, aux_loss)
@@ -246,7 +341,8 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         if num_items_in_batch is None:
             num_items_in_batch = num_targets.clamp(min=1)
         hidden = rearrange(hidden, "b s d -> (b s) d")
-        loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets.flatten())
+        backend = self.backend
+        loss = backend.cross_entropy(hidden, self.lm_head.weight, targets.flatten(), backend.chunks)
         loss = loss / num_items_in_batch
         if aux_loss is not None and self.training:
             share = num_targets / num_items_in_batch

@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -16,14 +17,19 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from corpus import cache
 from corpus.chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
-from corpus.packing import PackedCollator, best_fit, cached_splits
-from corpus.readers import find_final, print_lines, split_hash
-from kernels.cross_entropy import IGNORE_INDEX
-from tokenizer import create_tokenizer
+from corpus.packing import PackedCollator, best_fit
+from corpus.readers import find_files
+from engine.disk import content_hash
+from engine.report import print_lines
+from engine.runs import find_final
+from kernels import IGNORE_INDEX
+from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
 BATCH = 4096  # conversations rendered and packed at a time: bounds the memory
+CACHE_VERSION = 2  # raise it when the rows made from the same conversations change
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.uint32())),
@@ -56,9 +62,11 @@ def prepare_sft_data(
         ValueError: naming the file, the line and the fix; or when no example has a target.
     """
     path = data_path or SAMPLE
-    rows, counts = cached_splits(
-        "sft", path, tokenizer, max_length, validation_ratio, cache_dir, _write_rows
-    )
+    cache.check_max_length(max_length)
+    file_hash = content_hash(find_files(path))
+    settings = [file_hash, tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
+    write = partial(_write_rows, path, tokenizer, max_length)
+    rows, counts = cache.cached_splits("sft", path, settings, validation_ratio, cache_dir, write)
     print(_describe(counts, rows, path), flush=True)
     collator = PackedCollator(max_length, tokenizer.pad_token_id)
     return (rows[split] if split else rows), collator
@@ -80,47 +88,42 @@ def _iter_examples(path: str, counts: Counter) -> Iterator[list[dict]]:
             yield messages
 
 
-def _write_rows(folder: Path, path: str, tokenizer, max_length: int, threshold: float):
-    """As cached_splits wants it: a question whose share is below the threshold is held out."""
+def _write_rows(path: str, tokenizer, max_length: int, folder: Path, split):
+    """As cache.cached_splits wants it: a conversation's question decides its split."""
     counts: Counter = Counter()
-    lowest, highest = 1.0, 0.0
     renderer = Renderer(tokenizer)
     examples = _iter_examples(path, counts)
     with (
         pa.ipc.new_stream(str(folder / "train.arrow"), SCHEMA) as train,
         pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
     ):
+        writers = {"train": train, "validation": validation}
         while batch := list(islice(examples, BATCH)):
-            encoded = []  # (share of the question, ids, mask)
+            encoded = {name: [] for name in writers}  # (ids, mask) of each conversation
             for messages, turns in zip(batch, renderer.render(batch), strict=True):
                 counts["replies cut"] += truncate(turns, max_length)
                 ids, mask = flatten(turns)
-                # Spelled in bytes, the headers alone may be longer than a row.
+                # If every character is several byte tokens, the headers alone may fill a row.
                 if any(mask[1:]) and len(ids) <= max_length:
                     question = json.dumps(messages[:-1], sort_keys=True)
-                    encoded.append((split_hash(question), ids, mask))
+                    encoded[split(question)].append((ids, mask))
+                    counts["conversations"] += 1
                 else:
                     counts["dropped: no target"] += 1
-            lowest = min([lowest, *(share for share, _, _ in encoded)])
-            highest = max([highest, *(share for share, _, _ in encoded)])
-            kept = [e for e in encoded if e[0] >= threshold]
-            held_out = [e for e in encoded if e[0] < threshold]
-            train.write_batch(_pack(kept, max_length, counts))
-            validation.write_batch(_pack(held_out, max_length, counts))
-            counts["conversations"] += len(encoded)
+            for name, writer in writers.items():
+                writer.write_batch(_pack(encoded[name], max_length, counts))
     if not counts["conversations"]:
         raise ValueError(f"{path}: no example with a reply to learn from ({dict(counts)}).")
     (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
-    return lowest, highest
 
 
 def _pack(encoded: list[tuple], max_length: int, counts: Counter) -> pa.RecordBatch:
     """Conversations, whole, best-fit into rows; padding is not stored."""
-    rows = best_fit([len(ids) for _, ids, _ in encoded], max_length)
+    rows = best_fit([len(ids) for ids, _ in encoded], max_length)
     columns: dict[str, list[list[int]]] = {name: [] for name in SCHEMA.names}
     for row in rows:
         labels, input_ids, position_ids = [], [], []
-        for _, ids, mask in (encoded[index] for index in row):
+        for ids, mask in (encoded[index] for index in row):
             input_ids += ids
             position_ids += range(len(ids))
             labels += [i if target else IGNORE_INDEX for i, target in zip(ids, mask, strict=True)]
@@ -129,7 +132,7 @@ def _pack(encoded: list[tuple], max_length: int, counts: Counter) -> pa.RecordBa
         counts["tokens"] += len(input_ids)
         counts["targets"] += sum(label != IGNORE_INDEX for label in labels)
     counts["padding"] += len(rows) * max_length
-    counts["padding"] -= sum(len(ids) for _, ids, _ in encoded)
+    counts["padding"] -= sum(len(ids) for ids, _ in encoded)
     return pa.record_batch(columns, schema=SCHEMA)
 
 
@@ -174,9 +177,7 @@ def main():
     parser.add_argument("--rows", type=int, default=2, help="how many rows to print")
     arguments = parser.parse_args()
     try:
-        folder = arguments.tokenizer or find_final(
-            "checkpoints", "pretrain", "train_llm.py", "--tokenizer"
-        )
+        folder = arguments.tokenizer or find_final("checkpoints", "pretrain", "--tokenizer")
         tokenizer = create_tokenizer(model_path=str(folder))
         rows, _ = prepare_sft_data(tokenizer, arguments.inspect, arguments.max_length)
     except (ValueError, OSError) as error:

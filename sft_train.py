@@ -6,62 +6,27 @@ torchrun --nproc_per_node 2 sft_train.py                 several GPUs
 """
 
 from collections import Counter
-from itertools import islice
 
 import numpy as np
-import torch
 from datasets import Dataset, concatenate_datasets
 
+from corpus import cache
 from corpus.chat_format import as_prompt
-from corpus.packing import check_splits, data_fingerprint, target_bytes
-from corpus.readers import find_final, settings_hash
-from curves import plot_curves
-from engine.checkpoint import (
-    check_same_data,
-    load_checkpoint,
-    load_model_folder,
-    open_run,
-    save_checkpoint,
-    save_final,
-    say_how_to_resume,
+from engine import (
+    checkpoint,
+    evaluation,
+    guards,
+    memory,
+    model_folder,
+    optim,
+    report,
+    runs,
+    runtime,
+    settings,
+    sharding,
+    steps,
 )
-from engine.guards import explain_out_of_memory, fit_batch_size
-from engine.optim import (
-    build_optimizers,
-    learning_rate_factor,
-    optimizer_step,
-    set_learning_rate,
-)
-from engine.report import (
-    Meter,
-    Tracker,
-    describe_run,
-    log_line,
-    make_say,
-    progress_bar,
-    validation_line,
-)
-from engine.settings import resolve_config, run_from_command_line
-from engine.sharding import distribute, gradient_sync, make_accelerator, stop_requested
-from engine.steps import (
-    StepSampler,
-    StopSignal,
-    check_finite,
-    checkpoint_blocks,
-    choose_precision,
-    compile_blocks,
-    count_tokens,
-    generate_samples,
-    is_due,
-    make_loader,
-    moe_metrics,
-    moe_sums,
-    rank_batches,
-    seed_everything,
-    seed_step,
-    to_device,
-    validate,
-)
+from engine.disk import settings_hash
 from sft_data import prepare_sft_data
 from tokenizer import IM_END, create_tokenizer
 from train_data import prepare_data
@@ -77,11 +42,11 @@ wandb_config = {
     "pretrain_dataset": "data/pretrain_sample.jsonl",
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
-    "batch_size": 16,  # rows of one forward pass; "auto": of 32, as many as fit
+    "batch_size": 16,  # rows of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
-    "learning_rate": 5e-4,  # peak; a larger pre-trained model wants 1e-5 to 1e-4
+    "learning_rate": 5e-4,  # peak; a larger pre-trained model needs 1e-5 to 1e-4
     "num_epochs": 3,
-    "max_steps": 0,  # stop earlier; 0: all epochs
+    "max_steps": 0,  # stop after that many; 0: all epochs
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 5e-3,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.05,  # of all steps
@@ -91,16 +56,16 @@ wandb_config = {
     "seed": 42,
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
-    "gradient_checkpointing": False,  # "attention", "full": ever less memory, more time
-    "torch_compile": "auto",  # on CUDA only; True: everywhere
+    "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
+    "torch_compile": "auto",  # on CUDA only; True: on every device
     # run
     "output_dir": "checkpoints",
-    "log_every": 1,  # in steps, as the three below; each also at the end; 0: never before
+    "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
     "eval_every": 20,
     "sample_every": 40,
     "save_every": 40,
-    "keep_checkpoints": 2,  # the newest so many, and the best
-    "resume": "auto",  # go on with an unfinished run of this configuration; False: never
+    "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
+    "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }
 DEFAULTS = wandb_config  # train_sft() has a parameter of the same name
 SAMPLE_PROMPTS = [
@@ -116,12 +81,12 @@ def train_sft(
     wandb_config: dict | None = None,
     data_path: str | None = None,
 ) -> str:
-    """Fine-tune a model on conversations; returns its folder, checkpoints/sft/<run>/final.
+    """Fine-tune a model on conversations. Returns its folder, checkpoints/sft/<run>/final.
 
     Args:
         project_name: the wandb project.
-        run_name: folder under checkpoints/sft; None: the time, or the unfinished run of the same
-            configuration.
+        run_name: the folder under checkpoints/sft. None: the unfinished run of the same
+            configuration, otherwise the time.
         wandb_config: any subset of this script's keys.
         data_path: the key `dataset`, as an argument.
 
@@ -130,28 +95,22 @@ def train_sft(
         NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
-    config = resolve_config(DEFAULTS, wandb_config)
+    config = settings.resolve(DEFAULTS, wandb_config)
     config["dataset"] = data_path or config["dataset"]
-    accelerator = make_accelerator()
-    device, is_main = accelerator.device, accelerator.is_main_process
-    rank, world = accelerator.process_index, accelerator.num_processes
-    say = make_say(is_main)
-    precision = choose_precision(config["mixed_precision"], device, say)
-    config["init_from"] = str(
-        config["init_from"] or find_final(config["output_dir"], "pretrain", "train_llm.py")
-    )
-    seed_everything(config["seed"])
+    rt = runtime.start(config["mixed_precision"], config["seed"])
+    before = config["init_from"] or runs.find_final(config["output_dir"], "pretrain")
+    config["init_from"] = str(before)
 
     # 2. Run folder: a new one, or an unfinished one to resume
-    run = open_run("sft", run_name, config, accelerator)
+    run = runs.open_run("sft", run_name, config, rt)
     if run.final.exists():
-        say(f"{run.final} is finished already: nothing to do.")
+        rt.say(f"{run.final} is finished already: nothing to do.")
         return str(run.final)
 
     # 3. Tokenizer and data
     tokenizer = create_tokenizer(model_path=config["init_from"])
     tokenizer.eos_token = IM_END  # a chat model stops at the end of its turn
-    with accelerator.main_process_first():
+    with rt.main_first():
         splits, collate = prepare_sft_data(
             tokenizer,
             config["dataset"],
@@ -159,125 +118,99 @@ def train_sft(
             split=None,
             cache_dir=f"{config['output_dir']}/cache",
         )
+        cache.check_splits(splits, config["dataset"])
         if config["pretrain_mix_ratio"]:
             splits["train"] = mix_in_pretraining(splits["train"], config)
-    check_splits(splits, config["dataset"])
-    fingerprint = data_fingerprint(splits["train"])
-    check_same_data(run, fingerprint)
+    fingerprint = cache.data_fingerprint(splits["train"])
+    runs.check_same_data(run, fingerprint)
 
-    # 4. Model and optimizer
-    model = load_model_folder(
-        config["init_from"], tokenizer, config["dropout"], config["max_length"], say
+    # 4. Model and optimizers
+    model = model_folder.load_model_folder(
+        config["init_from"], tokenizer, config["dropout"], config["max_length"], rt.say
     )
-    model.to(device).train()
-    checkpoint_blocks(model, config["gradient_checkpointing"])
-    optimizers = build_optimizers(model, config)
-    config = fit_batch_size("sft_train.py", config, model, optimizers, precision, accelerator, say)
+    model.to(rt.device).train()
+    memory.checkpoint_activations(model, config["gradient_checkpointing"])
+    optimizers = optim.build(model, config)
+    trial = (forward_backward, collate.full_batch)  # what a memory test runs
+    config = guards.fit_batch_size(config, model, optimizers, rt, *trial)
 
     # 5. Resume
-    step, tokens_seen = 0, 0
-    if run.checkpoint:
-        load_checkpoint(run.checkpoint, model, optimizers, precision)
-        step, tokens_seen = run.state["step"], run.state["tokens_seen"]
-        say(f"Resuming {run.folder} at step {step}.")
-    compile_blocks(model, config["torch_compile"], device)
-    parallel_model = distribute(accelerator, model, model.model.layers, optimizers)
+    state = checkpoint.resume(run, model, optimizers, rt)
+    start_step = state.get("step", 0)
+    runtime.compile_blocks(model, config["torch_compile"], rt.device)
+    parallel_model = sharding.distribute(rt, model, model.model.layers, optimizers)
 
     # 6. Order of the data
-    sampler = StepSampler(len(splits["train"]), config, rank, world, start_step=step)
-    rows = splits["train"].with_format("numpy")
-    batches = iter(make_loader(rows, collate, config["num_workers"], batch_sampler=sampler))
-    held_out = splits["validation"].with_format("numpy")
-    parts = rank_batches(len(held_out), config["batch_size"], rank, world)
-    validation = make_loader(held_out, collate, num_workers=0, batch_sampler=parts)
-    validation_bytes = target_bytes(splits["validation"], tokenizer)
+    loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
+    validation = steps.validation_loader(splits["validation"], collate, config, rt)
+    validation_bytes = cache.target_bytes(splits["validation"], tokenizer)
 
     # 7. Tracking, and what is about to happen
-    tracker = Tracker(run, project_name, config, is_main)
-    say(describe_run(config, model, sampler, precision, config["max_length"]))
+    log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
+    finite = guards.FiniteGuard(run, loader.order, rt)
+    rt.say(report.describe_run(config, model, loader, rt, config["max_length"]))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
-    if step == 0:
-        say("Before fine-tuning:")
-        samples = generate_samples(model, tokenizer, prompts, precision)
-        tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-    meter = Meter(model, sampler, tokens_seen, device)
+    if start_step == 0:
+        rt.say("Before fine-tuning:")
+        log.samples(SAMPLE_PROMPTS, evaluation.sample(model, tokenizer, prompts, rt), start_step)
 
     # 8. Loop
-    with (
-        explain_out_of_memory("sft_train.py", config, model),
-        StopSignal() as stop,
-        progress_bar(sampler, is_main) as bar,
-    ):
-        while step < sampler.total_steps:
-            # All micro-batches of the step first: each loss is divided by all their targets.
-            micro_batches = list(islice(batches, sampler.micro_batches(step)))
-            num_items, tokens = count_tokens(micro_batches, accelerator)
-            factor = learning_rate_factor(step, sampler.total_steps, config)
-            learning_rates = set_learning_rate(optimizers, factor)
-            seed_step(config["seed"], step, rank)
+    with runtime.StopSignal() as stop, guards.explain_oom(config, model.config, *trial), log:
+        for step, micro_batches in loader:  # steps count from 1
+            # Every loss is divided by the targets of the whole step, over all micro-batches and
+            # ranks: many small batches give exactly the gradient of one large batch.
+            num_targets, num_tokens = steps.count_targets(micro_batches, rt)
+            rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
+            rt.seed(config["seed"], step)
 
-            step_loss, routed = torch.zeros((), device=device), Counter()
-            for index, batch in enumerate(micro_batches):
-                batch = to_device(batch, device)
-                is_last = index == len(micro_batches) - 1
-                with gradient_sync(accelerator, parallel_model, is_last):
-                    with precision.autocast():
-                        output = parallel_model(
-                            **batch, num_items_in_batch=num_items, skip_logits=True
-                        )
-                    # Ranks' gradients are averaged: times their number, they are summed.
-                    precision.scaler.scale(output.loss * world).backward()
-                step_loss += output.loss.detach()
-                routed.update(moe_sums(output, batch))
-                del output  # and its graph, before the next forward
-            grad_norm = optimizer_step(model, optimizers, precision, config["max_grad_norm"])
-            step += 1
-            meter.count(tokens)
-            bar.update()
+            totals = Counter()
+            for batch in rt.accumulate(parallel_model, micro_batches):
+                totals.update(forward_backward(parallel_model, batch, num_targets, rt))
+            grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])
+            finite.note(step, grad_norm)
+            log.count(num_tokens)
 
-            stopping = stop_requested(stop, accelerator)
-            due = is_due(config, step, sampler.total_steps, stopping)
-            if due["log"]:
-                metrics = {
-                    "train/loss": float(accelerator.reduce(step_loss, reduction="sum")),
-                    **learning_rates,
-                    "train/grad_norm": float(grad_norm),
-                    "train/epoch": step / sampler.steps_per_epoch,
-                    **moe_metrics(routed, tokens, accelerator),
-                    **precision.metrics(),
-                    **meter.read(step),
-                }
-                check_finite(metrics["train/loss"], precision, step, run.checkpoint, sampler)
-                tracker.log(metrics, step)
-                say(log_line(metrics, step, sampler.total_steps))
+            stopping = rt.any(stop.received is not None)
+            due = steps.due(config, step, loader.total_steps, stopping)
+            if due.log:
+                metrics = report.step_metrics(totals, num_tokens, rt) | rates
+                metrics["train/grad_norm"] = float(grad_norm)
+                metrics["train/epoch"] = step / loader.order.steps_per_epoch
+                finite.check(metrics["train/loss"], step)
+                log.train(metrics, step)
             val_loss = None
-            with meter.paused():
-                if due["eval"]:
-                    metrics = validate(model, validation, validation_bytes, precision, accelerator)
+            with log.paused():  # what follows does not count in tokens per second
+                if due.eval:
+                    metrics = evaluation.validate(model, validation, validation_bytes, rt)
                     val_loss = metrics["val/loss"]
-                    check_finite(val_loss, precision, step, run.checkpoint, sampler)
-                    tracker.log(metrics, step)
-                    say(validation_line(metrics, step))
-                if due["sample"]:
-                    samples = generate_samples(model, tokenizer, prompts, precision)
-                    tracker.log_samples(SAMPLE_PROMPTS, samples, step, say)
-                if due["save"]:
-                    state = {"step": step, "tokens_seen": meter.tokens_seen, "val_loss": val_loss}
-                    state |= {"data_fingerprint": fingerprint, "wandb_id": tracker.wandb_id}
-                    save_checkpoint(run, model, optimizers, precision, state, config, is_main)
-            if stopping and step < sampler.total_steps:
-                tracker.finish()
-                say_how_to_resume(run, stop, say)
+                    finite.check(val_loss, step)
+                    log.validation(metrics, step)
+                if due.sample:
+                    samples = evaluation.sample(model, tokenizer, prompts, rt)
+                    log.samples(SAMPLE_PROMPTS, samples, step)
+                if due.save:
+                    state = {"step": step, "val_loss": val_loss, "data_fingerprint": fingerprint}
+                    checkpoint.save(run, model, optimizers, rt, state | log.state(), config)
+            if stopping and step < loader.total_steps:
+                log.finish()
+                runs.say_how_to_resume(run, stop, rt)
                 raise SystemExit(0)
 
     # 9. Final save
-    if is_main:
-        plot_curves(run.folder)  # first: a run that has its final folder is never touched again
-    save_final(run, model, tokenizer, is_main)
-    tracker.finish()
-    accelerator.wait_for_everyone()
-    say(f"Finished: {run.final}")
+    log.draw_curves()  # first: a finished run is never touched again
+    checkpoint.save_final(run, model, tokenizer, rt)
+    log.finish()
+    rt.wait()
+    rt.say(f"Finished: {run.final}")
     return str(run.final)
+
+
+def forward_backward(model, batch: dict, num_targets: int, rt: runtime.Runtime) -> dict:
+    """Gradients of one micro-batch. Returns detached sums, so that its graph is freed here."""
+    with rt.autocast():
+        output = model(**batch, num_items_in_batch=num_targets, skip_logits=True)
+    rt.backward(output.loss)
+    return steps.output_sums(output, batch)
 
 
 def mix_in_pretraining(rows: Dataset, config: dict) -> Dataset:
@@ -292,16 +225,16 @@ def mix_in_pretraining(rows: Dataset, config: dict) -> Dataset:
         cache_dir=f"{config['output_dir']}/cache",
     )
     count = min(len(texts["train"]), round(len(rows) * ratio / (1 - ratio)))
-    order = np.random.Generator(np.random.PCG64(config["seed"])).permutation(len(texts["train"]))
-    plain = texts["train"].select(order[:count])
+    shuffled = np.random.Generator(np.random.PCG64(config["seed"])).permutation(len(texts["train"]))
+    plain = texts["train"].select(shuffled[:count])
     plain = plain.add_column("labels", plain["input_ids"]).cast(rows.features)
     mixed = concatenate_datasets([rows, plain])
-    mixed.info.description = settings_hash(*map(data_fingerprint, (rows, plain)), count)
+    mixed.info.description = settings_hash(*map(cache.data_fingerprint, (rows, plain)), count)
     return mixed
 
 
 def main():
-    run_from_command_line(train_sft, wandb_config)
+    settings.run_from_command_line(train_sft, wandb_config)
 
 
 if __name__ == "__main__":

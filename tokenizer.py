@@ -15,11 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from corpus.documents import iter_documents
-from corpus.readers import settings_hash
 
 PAD_TOKEN, END_OF_TEXT = "<|pad|>", "<|endoftext|>"
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -150,18 +148,12 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
 
     A user who types `<|im_end|>` gets those ten characters, not the end of the turn.
     """
-    return _encode(tokenizer, texts, split_special_tokens=True)
-
-
-def _encode(tokenizer, texts: list[str], split_special_tokens: bool) -> list[list[int]]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow, Python-only tokenizer
-        encoded = tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=split_special_tokens
-        )
+        encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
         return encoded["input_ids"]
     before = backend.encode_special_tokens
-    backend.encode_special_tokens = split_special_tokens
+    backend.encode_special_tokens = True
     backend.no_truncation()  # some tokenizer.json files ask for one, and so does tokenizer(…)
     backend.no_padding()
     try:  # the fast path skips the character offsets that nobody here reads
@@ -174,7 +166,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """Equal for tokenizers that give every text the same ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return settings_hash(vocabulary, tokenizer.eos_token)
+    return xxhash.xxh3_64_hexdigest(json.dumps([vocabulary, tokenizer.eos_token]).encode())
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -220,6 +212,8 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
 
 
 def main():
+    from corpus.documents import iter_documents  # this command's, and not of those who import it
+
     parser = argparse.ArgumentParser(
         description="Train a byte-level BPE tokenizer, or measure one."
     )

@@ -20,28 +20,17 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
+from corpus import cache
 from corpus.documents import SAMPLE, corpus_hash, iter_documents
-from corpus.packing import (
-    PackedCollator,
-    column_values,
-    open_rows,
-    pack_segments,
-    row_length,
-    split_windows,
-)
-from corpus.readers import (
-    atomic_folder,
-    cache_lock,
-    print_lines,
-    settings_hash,
-    split_hash,
-)
+from corpus.packing import PackedCollator, pack_segments, row_length, split_windows
+from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.report import print_lines
 from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit: no warning from data workers
 
 SHARD_CHARACTERS = 4_000_000  # tokenized and packed at a time: bounds the memory
-CACHE_VERSION = 1  # raise it when the rows made from the same text change
+CACHE_VERSION = 2  # raise it when the rows made from the same text change
 
 
 def prepare_data(
@@ -72,70 +61,50 @@ def prepare_data(
         raise ValueError(f"validation_ratio={validation_ratio} must be between 0 and 1.")
     if max_seq_len < 8:
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 8 tokens.")
-    corpus = corpus_hash(dataset)
-    cache = Path(cache_dir)
-    with cache_lock(cache):
-        tokenizer = load_or_train_tokenizer(
-            tokenizer_path, dataset, corpus, vocab_size, validation_ratio, cache
-        )
-        identity = settings_hash(tokenizer_identity(tokenizer), max_seq_len, validation_ratio)
-        folder = cache / f"pretrain-{settings_hash(corpus, identity, CACHE_VERSION)}"
-        if not (folder / "statistics.json").exists():
-            with atomic_folder(folder) as temporary:
-                _write_rows(temporary, dataset, tokenizer, max_seq_len, validation_ratio)
-    return _read_rows(folder, dataset), tokenizer
+    text_hash = corpus_hash(dataset)
+    tokenizer = load_or_train_tokenizer(
+        tokenizer_path, dataset, text_hash, vocab_size, validation_ratio, Path(cache_dir)
+    )
+    settings = [text_hash, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
+    write = partial(_write_rows, dataset, tokenizer, max_seq_len)
+    splits, counts = cache.cached_splits(
+        "pretrain", dataset, settings, validation_ratio, cache_dir, write
+    )
+    splits = _both_splits(splits, dataset, max_seq_len, counts)
+    print(describe(counts, splits, dataset), flush=True)
+    return splits, tokenizer
 
 
 def load_or_train_tokenizer(
-    path, dataset: str, corpus: str, vocab_size: int, validation_ratio: float, cache: Path
+    path, dataset: str, text_hash: str, vocab_size: int, validation_ratio: float, cache_dir: Path
 ):
     if path is not None:
         return create_tokenizer(model_path=path)
-    name = settings_hash(corpus, vocab_size, validation_ratio, CACHE_VERSION)
-    folder = cache / f"tokenizer-{name}"
-    if not folder.exists():
-        print(f"Training a {vocab_size:,}-token tokenizer on {dataset} …", flush=True)
-        documents = iter_documents(dataset)
-        texts = (text for text in documents if split_hash(text) >= validation_ratio)
-        tokenizer = train_tokenizer(texts, vocab_size)
-        with atomic_folder(folder) as temporary:
-            tokenizer.save_pretrained(temporary)
+    name = settings_hash(text_hash, vocab_size, validation_ratio, CACHE_VERSION)
+    folder = cache_dir / f"tokenizer-{name}"
+    with cache_lock(cache_dir):
+        if not folder.exists():
+            print(f"Training a {vocab_size:,}-token tokenizer on {dataset} …", flush=True)
+            documents = iter_documents(dataset)
+            texts = (text for text in documents if cache.split_share(text) >= validation_ratio)
+            tokenizer = train_tokenizer(texts, vocab_size)
+            with atomic_folder(folder) as temporary:
+                tokenizer.save_pretrained(temporary)
     return create_tokenizer(model_path=str(folder))
 
 
-def _write_rows(folder: Path, dataset, tokenizer, max_seq_len, validation_ratio):
+def _write_rows(dataset: str, tokenizer, max_seq_len: int, folder: Path, split):
+    """As cache.cached_splits wants it: a document's text decides its split."""
     counts: Counter = Counter()
     writers = {
         name: _RowWriter(folder / f"{name}.arrow", tokenizer, max_seq_len, counts)
-        for name in ("train", "validation")
+        for name in cache.SPLITS
     }
-    print(f"Tokenizing {dataset} …", flush=True)
     for text in iter_documents(dataset, counts):
-        writers["validation" if split_hash(text) < validation_ratio else "train"].add(text)
-    _share_out(writers["train"], writers["validation"])
+        writers[split(text)].add(text)
     for writer in writers.values():
         writer.close()
-    if sum(writer.rows for writer in writers.values()) < 2:
-        raise ValueError(
-            f"{dataset}: {counts['tokens']} usable tokens are too few for a training and a "
-            f"validation row of {max_seq_len} ({dict(counts)}). Add text or lower max_seq_len."
-        )
     (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
-
-
-def _share_out(train: "_RowWriter", validation: "_RowWriter"):
-    """When so few documents all fell to one side, the one of the smallest hash is held out."""
-    if train.texts and not (validation.texts or validation.rows):
-        full, empty = train, validation
-    elif validation.texts and not (train.texts or train.rows):
-        full, empty = validation, train
-    else:
-        return
-    ordered = sorted(full.texts, key=split_hash)
-    if len(ordered) > 1 and not full.rows:
-        full.texts, empty.texts, full.characters = [], [], 0
-        for text in ordered:
-            (validation if text is ordered[0] else train).add(text)
 
 
 class _RowWriter:
@@ -198,18 +167,24 @@ class _RowWriter:
         self.stream.close()
 
 
-def _read_rows(folder: Path, dataset: str) -> DatasetDict:
-    splits = {name: open_rows(folder / f"{name}.arrow") for name in ("train", "validation")}
-    if not all(map(len, splits.values())):
-        # A single document, such as a novel: hold out the last twentieth of its rows.
-        rows = max(splits.values(), key=len)
-        held_out = max(1, len(rows) // 20)
-        splits["train"] = rows.select(range(len(rows) - held_out))
-        splits["validation"] = rows.select(range(len(rows) - held_out, len(rows)))
-    print(
-        describe(json.loads((folder / "statistics.json").read_text()), splits, dataset), flush=True
+def _both_splits(splits: DatasetDict, dataset: str, max_seq_len: int, counts: dict) -> DatasetDict:
+    """The splits. Of one document, such as a novel, the last twentieth of its rows is held out.
+
+    Raises:
+        ValueError: there are fewer than two rows.
+    """
+    if all(map(len, splits.values())):
+        return splits
+    rows = max(splits.values(), key=len)
+    if len(rows) < 2:
+        raise ValueError(
+            f"{dataset}: {counts.get('tokens', 0)} usable tokens are too few for a training and a "
+            f"validation row of {max_seq_len} ({counts}). Add text or lower max_seq_len."
+        )
+    first = len(rows) - max(1, len(rows) // 20)
+    return DatasetDict(
+        train=rows.select(range(first)), validation=rows.select(range(first, len(rows)))
     )
-    return DatasetDict(splits)
 
 
 def describe(counts: dict, splits: dict[str, Dataset], dataset: str) -> str:
@@ -227,11 +202,11 @@ def describe(counts: dict, splits: dict[str, Dataset], dataset: str) -> str:
 
 
 def unigram_loss(splits: DatasetDict, vocab_size: int) -> float:
-    """Validation loss, nats per target, of token frequencies alone: what a model must beat."""
+    """Validation loss, nats per target, of a model that knows only the token frequencies."""
 
     def target_counts(rows: Dataset) -> np.ndarray:
         counts = np.zeros(vocab_size, dtype=np.int64)
-        for values in column_values(rows):
+        for values in cache.column_values(rows):
             targets = values["input_ids"][values["position_ids"] > 0]
             counts += np.bincount(targets, minlength=vocab_size)
         return counts
@@ -270,7 +245,7 @@ def main():
         raise SystemExit(f"error: {error}") from error
     unigram = unigram_loss(splits, len(tokenizer))
     print(f"A model of token frequencies alone has validation loss {unigram:.3f}.")
-    print("In a row: ‖ parts documents; the token in [ ] is no target, every other one is.")
+    print("In a row: ‖ separates documents; the token in [ ] is no target, every other one is.")
     print_lines(inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows))
 
 

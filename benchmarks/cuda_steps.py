@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from kernels.masks import ATTENTION_KERNELS
 from peers import ROOT  # noqa: F401 - puts the project on the path
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,6 @@ from engine.guards import full_batch, stage_loss
 from engine.optim import build_optimizers, optimizer_step
 from engine.report import flops_per_token, peak_flops
 from engine.steps import checkpoint_blocks, compile_blocks, make_precision, to_device
-from kernels.masks import ATTENTION_KERNELS
 from models import CustomLLM, CustomLLMConfig
 
 NAMES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")

@@ -172,20 +172,18 @@ def flatten(turns: list[Turn]) -> tuple[list[int], list[bool]]:
     return ids, mask
 
 
-def truncate(turns: list[Turn], max_length: int, reply_length: int | None = None) -> bool:
+def truncate(turns: list[Turn], max_length: int) -> bool:
     """Shorten a conversation in place to max_length tokens, keeping its last reply.
 
-    First the oldest exchanges go, then the beginning of the last question, then the system
-    message, and only when the reply alone is too long its end. `reply_length`, in place of the
-    last turn's own length, makes two conversations share one prompt (DPO).
+    The oldest exchanges go first, then the beginning of the last question, then the system
+    message. The reply is cut at its end only when it is too long by itself.
 
     Returns whether the reply was cut.
     """
     reply = turns[-1]
-    reply_length = len(reply) if reply_length is None else reply_length
 
     def excess() -> int:
-        return sum(map(len, turns[:-1])) + reply_length - max_length
+        return sum(map(len, turns)) - max_length
 
     first = 1 if turns[0].role == "system" else 0
     while excess() > 0 and len(turns) - first > 2:
@@ -202,6 +200,6 @@ def truncate(turns: list[Turn], max_length: int, reply_length: int | None = None
         return False
     room = max(0, max_length - sum(map(len, turns[:-1])) - len(reply.header))
     cut = len(reply.content) + len(reply.end) > room
-    if cut:  # the end token goes too: a model must not learn to stop in mid-sentence
+    if cut:  # without its end token, so that no model learns to stop in mid-sentence
         reply.content, reply.end = reply.content[:room], []
     return cut

@@ -7,7 +7,8 @@ import numpy as np
 import xxhash
 from datasets import Dataset, load_dataset
 
-from corpus.readers import content_hash, find_files, input_error, is_local, iter_records
+from corpus.readers import find_files, input_error, is_local, iter_records
+from engine.disk import content_hash
 
 SAMPLE = "data/pretrain_sample.jsonl"
 

@@ -11,12 +11,18 @@ from tqdm import tqdm
 
 from corpus.chat_format import iter_conversations, to_messages
 from corpus.readers import input_error, iter_records
-from engine.checkpoint import open_model_folder
+from engine.model_folder import open_model_folder
 
-TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.9, 0.95, 256
+TEMPERATURE, TOP_P = 0.9, 0.95
 
 
-def make_pairs(model_path: str, prompts_path: str, output: str, limit: int | None = None):
+def make_pairs(
+    model_path: str,
+    prompts_path: str,
+    output: str,
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+):
     """Write instruction/chosen/rejected records, one per conversation of prompts_path.
 
     Goes on where it stopped: a prompt that `output` already holds is not sampled again. A sample
@@ -38,7 +44,7 @@ def make_pairs(model_path: str, prompts_path: str, output: str, limit: int | Non
             if answer["role"] != "assistant" or key in done:
                 continue
             done.add(key)
-            rejected = sample_reply(model, tokenizer, prompt)
+            rejected = sample_reply(model, tokenizer, prompt, max_new_tokens)
             if rejected.strip() and rejected.strip() != answer["content"].strip():
                 record = {"chosen": answer["content"], "rejected": rejected}
                 if len(prompt) == 1:
@@ -72,7 +78,7 @@ def _key(prompt: list[dict]) -> str:
 
 
 @torch.no_grad()
-def sample_reply(model, tokenizer, prompt: list[dict]) -> str:
+def sample_reply(model, tokenizer, prompt: list[dict], max_new_tokens: int) -> str:
     """One sampled answer; the same for the same prompt, in whatever order prompts come."""
     encoded = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -81,7 +87,7 @@ def sample_reply(model, tokenizer, prompt: list[dict]) -> str:
     output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=max_new_tokens,
         do_sample=True,
         temperature=TEMPERATURE,
         top_p=TOP_P,

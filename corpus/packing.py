@@ -1,24 +1,16 @@
-"""Many documents in one row: best-fit packing, and the collator that the three stages share.
+"""Many documents in one row: best-fit packing, and the collator of packed rows.
 
 Documents in a row are told apart by position_ids that restart at 0 (Hugging Face's padding-free
 convention): attention never crosses a document, and its first token is never a target.
 """
 
-import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, DatasetInfo
-from transformers import PreTrainedTokenizerBase
 
-from corpus.readers import atomic_folder, cache_lock, content_hash, find_files, settings_hash
-from kernels.cross_entropy import IGNORE_INDEX
-from tokenizer import token_byte_lengths, tokenizer_identity
-
-CACHE_VERSION = 2  # raise it when the rows made from the same conversations change
+from kernels import IGNORE_INDEX
 
 Segment = tuple[int, int]  # (start, length) of a run of tokens
 
@@ -107,87 +99,13 @@ def row_length(row: list[Segment]) -> int:
     return sum(length for _, length in row)
 
 
-def open_rows(path: Path) -> Dataset:
-    """Memory-map an Arrow file of rows, remembering which cache folder it came from."""
-    return Dataset.from_file(str(path), info=DatasetInfo(description=path.parent.name))
-
-
-def cached_splits(
-    stage: str,
-    path: str,
-    tokenizer,
-    max_length: int,
-    validation_ratio: float,
-    cache_dir: str,
-    write,
-) -> tuple[DatasetDict, dict]:
-    """(rows of both splits, statistics) of conversations.
-
-    Unless cached, write(folder, path, tokenizer, max_length, threshold) makes train.arrow,
-    validation.arrow and statistics.json, and returns the smallest and the largest share (see
-    split_hash) of all questions. Those below the threshold are held out. The cache's name changes
-    with the files' bytes, the tokenizer and the settings.
-    """
-    if max_length < 32:
-        raise ValueError(f"max_length={max_length} must be at least 32 tokens.")
-    name = settings_hash(
-        content_hash(find_files(path)),
-        tokenizer_identity(tokenizer),
-        [max_length, validation_ratio, CACHE_VERSION],
-    )
-    folder = Path(cache_dir) / f"{stage}-{name}"
-    with cache_lock(Path(cache_dir)):
-        if not (folder / "statistics.json").exists():
-            print(f"Tokenizing {path} …", flush=True)
-            with atomic_folder(folder) as temporary:
-                lowest, highest = write(temporary, path, tokenizer, max_length, validation_ratio)
-                if not lowest < validation_ratio <= highest:
-                    # All questions fell to one side, as happens when they are few: the one of the
-                    # smallest share is held out, or none where there is only one.
-                    threshold = np.nextafter(lowest, 1) if lowest < highest else 0.0
-                    write(temporary, path, tokenizer, max_length, threshold)
-    rows = DatasetDict({s: open_rows(folder / f"{s}.arrow") for s in ("train", "validation")})
-    return rows, json.loads((folder / "statistics.json").read_text())
-
-
-def check_splits(splits: DatasetDict, path: str):
-    """Raises ValueError when there is nothing to train on, or nothing to validate with."""
-    if not all(len(rows) for rows in splits.values()):
-        raise ValueError(
-            f"{path}: every usable record asks the same question, so that training and validation "
-            "cannot be kept apart. Add records with at least one other question."
-        )
-
-
-def data_fingerprint(rows: Dataset) -> str:
-    """Equal for equal rows: the name of their cache folder, a hash of all that made them."""
-    return rows.info.description
-
-
-def column_values(rows: Dataset, batch_size: int = 1000) -> Iterator[dict[str, np.ndarray]]:
-    """Every column of packed rows as one flat array, `batch_size` rows at a time."""
-    for table in rows.with_format("arrow").iter(batch_size):
-        columns = zip(table.column_names, table.columns, strict=True)
-        yield {name: column.combine_chunks().flatten().to_numpy() for name, column in columns}
-
-
-def target_bytes(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> int:
-    """UTF-8 bytes of the targets of packed rows: the denominator of bits per byte."""
-    lengths = token_byte_lengths(tokenizer)
-    total = 0
-    for values in column_values(rows):
-        labels = values.get("labels", values["input_ids"])
-        total += int(lengths[labels[(values["position_ids"] > 0) & (labels >= 0)]].sum())
-    return total
-
-
 class PackedCollator:
     """Rows of unequal length -> int64 tensors (batch, max_seq_len), padded on the right.
 
-    A row holds input_ids and position_ids, and labels where the stage chose its targets; without
-    labels every token is a target but each document's first. Also gives attention_mask, 0 at
-    padding, and cu_seq_lens_q, int32 (documents + 1,): where each document of the flattened rows
-    starts, a row's padding counted as one, and their end. Found here, where no GPU has to wait.
+    A row holds input_ids and position_ids, and labels if the stage chooses its targets. Without
+    labels every token is a target except each document's first. The batch also has attention_mask,
+    0 at padding, and cu_seq_lens_q, int32 (documents + 1,): where each document of the flattened
+    rows starts (a row's padding counts as one), and the end. Found here, no GPU waits for it.
     A batch of no rows gives one row of padding: a rank's share of an epoch's last step.
     """
 
@@ -214,3 +132,9 @@ class PackedCollator:
         starts = np.append(np.flatnonzero(is_first), is_first.size)
         batch["cu_seq_lens_q"] = starts.astype(np.int32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def full_batch(self, batch_size: int) -> dict[str, torch.Tensor]:
+        """The largest batch there can be: every row is full."""
+        input_ids = torch.ones(batch_size, self.max_seq_len, dtype=torch.long)
+        names = ("input_ids", "position_ids", "labels", "attention_mask")
+        return {name: input_ids.clone() for name in names}

@@ -1,28 +1,19 @@
-"""Reading users' files with errors to act on; writing folders that are whole or absent."""
+"""Reading users' files. Every error names the file, the line and the fix."""
 
 import bz2
-import contextlib
-import errno
 import glob
 import gzip
 import importlib
 import json
 import lzma
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet
-import xxhash
-from filelock import FileLock
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
-SCRIPTS = {"dpo": "dpo_train.py", "sft": "sft_train.py", "pretrain": "train_llm.py"}
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEXT_BLOCK = 1_000_000  # characters after which a .txt without blank lines is cut at a line end
 
 
@@ -70,30 +61,6 @@ def find_files(dataset: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise input_error(file, None, "the file is empty.")
     return found
-
-
-def content_hash(files: list[Path]) -> str:
-    """Hash of the files' bytes, whatever their names or dates; 128 bits as hexadecimal."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(f"{file.stat().st_size}:".encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def settings_hash(*settings) -> str:
-    """A short name for a combination of settings, for cache folders."""
-    return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())
-
-
-def split_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: below validation_ratio, it is held out.
-
-    So the split of a document never changes, whatever is added to the data.
-    """
-    return xxhash.xxh3_64_intdigest(text.encode(), seed=1) / 2**64
 
 
 def iter_records(path: Path) -> Iterator[tuple[int, object]]:
@@ -221,129 +188,6 @@ def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
         raise input_error(path, None, f"not a readable parquet file ({cause}).") from error
 
 
-def find_final(output_dir: str, stage: str, script: str, option: str = "init_from") -> Path:
-    """The newest finished run of a stage.
-
-    Raises:
-        ValueError: there is none; names the command that makes one, and the option to do without.
-    """
-    finals = list(Path(output_dir, stage).glob("*/final"))
-    if not finals:
-        raise ValueError(
-            f"No finished {stage} run under {output_dir}/{stage}: run `python {script}` first, or "
-            f"set {option} to a model folder."
-        )
-    return max(finals, key=lambda folder: folder.stat().st_mtime)
-
-
-def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
-    """The newest finished run of the furthest stage there is, or of the one named.
-
-    Raises:
-        ValueError: none is finished.
-    """
-    if stage:
-        return find_final(output_dir, stage, SCRIPTS[stage], "--model")
-    for name in SCRIPTS:
-        with contextlib.suppress(ValueError):
-            return find_final(output_dir, name, "")
-    raise ValueError(
-        f"No finished run under {output_dir}: run `python train_llm.py` first, or set --model to a "
-        "model folder."
-    )
-
-
 def read_text(path: Path) -> str:
     """A whole file as text; errors as in iter_records."""
     return "".join(line for _, line in _iter_lines(path))
-
-
-def print_lines(lines):
-    """print, ending quietly when the reader (such as `head`) has seen enough."""
-    try:
-        for line in lines:
-            print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
-    """Write into the folder this yields; it becomes `target` only when all of it is on disk.
-
-    Whatever happens before, a kill or a full disk, `target` stays absent and the next writer
-    clears what was left.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        with explain_full_disk(target):
-            yield temporary
-            for path in [p for p in temporary.rglob("*") if p.is_file()]:
-                with open(path, "rb+") as stream:
-                    os.fsync(stream.fileno())
-            _sync_folder(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    os.replace(temporary, target)
-    _sync_folder(target.parent)
-
-
-def cache_lock(cache: Path) -> FileLock:
-    """To be held while a folder of a cache is made: another run that wants it waits for it."""
-    cache.mkdir(parents=True, exist_ok=True)
-    return FileLock(cache / ".lock")
-
-
-def write_whole(path: Path, text: str):
-    """Write a file that, whatever happens, is as before or as wanted."""
-    temporary = path.with_name(path.name + ".tmp")
-    with explain_full_disk(path), open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-class DiskFullError(OSError):
-    """Something could not be written; the message says what and what to do."""
-
-
-@contextlib.contextmanager
-def explain_full_disk(target: Path) -> Iterator[None]:
-    """Make one clear error of what a full disk raises while `target` is written.
-
-    torch, safetensors and tokenizers raise errors of their own that do not tell the cause; then
-    the disk is asked.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = getattr(error, "errno", None)
-        number = number if number in DISK_FULL else _full_disk_errno(target.parent)
-        if number is None:
-            raise
-        raise DiskFullError(
-            f"{target} could not be written: {os.strerror(number)} "
-            f"({shutil.disk_usage(target.parent).free / 2**20:,.0f} MiB free there). Free some "
-            "space and run the same command again: it goes on from what was saved before."
-        ) from error
-
-
-def _full_disk_errno(folder: Path) -> int | None:
-    try:
-        with tempfile.TemporaryFile(dir=folder) as stream:
-            stream.write(bytes(2**20))
-    except OSError as error:
-        return error.errno if error.errno in DISK_FULL else None
-    return None
-
-
-def _sync_folder(folder: Path):
-    if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)

@@ -1,33 +1,59 @@
-"""When a step does not fit: batch_size "auto" finds what does, and an error says what to change."""
+"""What protects a run: finite numbers, memory that is enough, a batch that fits."""
 
 import contextlib
+import math
 from collections.abc import Callable
 
-import numpy as np
 import psutil
 import torch
-from accelerate.utils import gather_object
 
-from dpo_data import PairCollator
-from engine.optim import set_learning_rate
-from engine.preference import AnswerScorer, batch_losses
+from engine import memory
+from engine.runtime import Runtime
 from engine.settings import AUTO_ROWS
-from engine.steps import Precision, to_device
+from engine.steps import StepSampler
 from model_config import CustomLLMConfig
 
-DPO_SCRIPT = "dpo_train.py"
+
+class NumericalError(ArithmeticError):
+    """Training cannot go on: a loss, gradients or weights not finite, or fp16's scale collapsed."""
 
 
-def full_batch(script: str, length: int, batch_size: int) -> dict[str, torch.Tensor]:
-    """The largest batch there can be: every row full (DPO: a quarter of each pair is question)."""
-    if script != DPO_SCRIPT:
-        ids = torch.ones(batch_size, length, dtype=torch.long)
-        names = ("input_ids", "position_ids", "labels", "attention_mask")
-        return {name: ids.clone() for name in names}
-    question = length // 4
-    pair = {"prompt_ids": np.ones(question), "reference_logps": np.zeros(2, np.float32)}
-    pair |= {f"{name}_ids": np.ones(length - question) for name in ("chosen", "rejected")}
-    return PairCollator(0)([pair | {"chosen_bytes": np.int64(1)}] * batch_size)
+class FiniteGuard:
+    """Stops a run before a ruined model is saved, and names the step that ruined it.
+
+    The loss is not enough: it is older than the update in which infinite gradients become NaN.
+    """
+
+    def __init__(self, run, order: StepSampler, rt: Runtime):
+        self.run, self.order, self.scaler = run, order, rt.scaler
+        self.grad_norms: list[tuple[int, torch.Tensor]] = []  # since the last check
+
+    def note(self, step: int, grad_norm: torch.Tensor):
+        """Keep a step's gradient norm, on the device, until check() looks at it."""
+        if not self.scaler.is_enabled():  # a scaler skips such a step
+            self.grad_norms.append((step, grad_norm))
+
+    def check(self, loss: float, step: int):
+        """Raises NumericalError, naming the step, its rows and the last good checkpoint."""
+        norms = {noted: float(norm) for noted, norm in self.grad_norms}
+        self.grad_norms.clear()
+        bad = [noted for noted, norm in norms.items() if not math.isfinite(norm)]
+        ruined, scale = bad[0] if bad else step, self.scaler.get_scale()
+        if ruined == step and not math.isfinite(loss):
+            problem = f"the loss is {loss}"
+        elif bad:
+            problem = f"the gradient norm of step {ruined} is {norms[ruined]}"
+        elif self.scaler.is_enabled() and scale < 1.0:
+            problem = f"the fp16 loss scale has collapsed to {scale:.3g}"
+        else:
+            return
+        last = self.run.checkpoint
+        good = f"the last good checkpoint is {last}" if last else "none saved"
+        raise NumericalError(
+            f"Stopped at step {step}: {problem} ({good}). Training rows of step {ruined}: "
+            f"{self.order.describe_rows(ruined)}. Lower learning_rate or max_grad_norm, raise "
+            'warmup_ratio, or set mixed_precision to "bf16".'
+        )
 
 
 def check_memory(sizes: CustomLLMConfig):
@@ -45,6 +71,38 @@ def check_memory(sizes: CustomLLMConfig):
         )
 
 
+def fit_batch_size(
+    config: dict, model, optimizers, rt: Runtime, forward_backward: Callable, full_batch: Callable
+) -> dict:
+    """config with batch_size "auto" replaced by a number that was tried; otherwise as it is.
+
+    A step keeps AUTO_ROWS * gradient_accumulation_steps rows. They run in as few micro-batches as
+    the GPU has memory for. Weights and optimizers are left as they were.
+
+    Args:
+        model: what forward_backward is called with, before it is distributed.
+        forward_backward, full_batch: as in memory.StepMemory.
+
+    Raises:
+        MemoryError: not even one row fits.
+    """
+    if config["batch_size"] != "auto":
+        return config
+    rows = AUTO_ROWS * config["gradient_accumulation_steps"]
+    if rt.device.type != "cuda":  # a CPU does not say when its memory ends
+        size = AUTO_ROWS
+    else:
+        allocate_state(model, optimizers)
+        size = largest_micro_batch(
+            rows, lambda size: rt.all(backward_fits(model, full_batch(size), rt, forward_backward))
+        )
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            optimizer.state.clear()
+    rt.say(f"batch_size auto: {rows} rows of a step in {rows // size} micro-batches of {size}.")
+    return config | {"batch_size": size, "gradient_accumulation_steps": rows // size}
+
+
 def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
     """The largest divisor of a step's rows that fits.
 
@@ -60,69 +118,33 @@ def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
     )
 
 
-def fit_batch_size(script, config, model, optimizers, precision, accelerator, say) -> dict:
-    """config with batch_size "auto" resolved, by trying; else as it is.
-
-    A step keeps AUTO_ROWS * gradient_accumulation_steps rows; they are run in as few micro-batches
-    as the GPU has memory for. Weights and optimizers are left as they were.
-    """
-    if config["batch_size"] != "auto":
-        return config
-    rows = AUTO_ROWS * config["gradient_accumulation_steps"]
-    length = config.get("max_seq_len") or config["max_length"]
-    if precision.device.type != "cuda":  # a CPU does not say when its memory ends
-        size = AUTO_ROWS
-    else:
-        allocate_state(model, optimizers)
-
-        def fits(size: int) -> bool:
-            batch = full_batch(script, length, size)
-            alone = backward_fits(script, batch, model, precision, config)
-            return alone if accelerator.num_processes == 1 else all(gather_object([alone]))
-
-        size = largest_micro_batch(rows, fits)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            optimizer.state.clear()
-    say(f"batch_size auto: {rows} rows of a step in {rows // size} micro-batches of {size}.")
-    return config | {"batch_size": size, "gradient_accumulation_steps": rows // size}
-
-
 def allocate_state(model, optimizers):
-    """Gradients and the optimizers' state as they will be, by a step that changes nothing."""
+    """Make gradients and the optimizers' state, by a step that changes nothing."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    set_learning_rate(optimizers, 0.0)
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
         optimizer.step()
 
 
-def stage_loss(script: str, model, batch: dict, precision: Precision, config: dict, num_items=1):
-    """The loss that a stage's step takes of a batch, divided by num_items targets or pairs."""
-    if script == DPO_SCRIPT:
-        with precision.autocast():
-            logps = AnswerScorer(model)(**batch)
-        return batch_losses(logps, batch, config)[0].sum() / num_items
-    with precision.autocast():
-        return model(**batch, num_items_in_batch=num_items, skip_logits=True).loss
-
-
-def backward_fits(script: str, batch: dict, model, precision: Precision, config: dict) -> bool:
+def backward_fits(model, batch: dict, rt: Runtime, forward_backward: Callable) -> bool:
     """Whether forward and backward of a batch end without running out of memory."""
     try:
-        batch = to_device(batch, precision.device)
-        stage_loss(script, model, batch, precision, config).backward()
+        forward_backward(model, rt.to_device(batch), 1, rt)
     except torch.OutOfMemoryError:
         fits = False
     else:
         fits = True
-    torch.cuda.empty_cache()  # after the handler: until then the error holds the tensors
+    torch.cuda.empty_cache()  # behind the handler: the error holds the tensors until it ends
     return fits
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(script: str, config: dict, model):
-    """Turn the GPU's out-of-memory error into what to change, with the sizes that plan.py finds.
+def explain_oom(
+    config: dict, model_config: CustomLLMConfig, forward_backward: Callable, full_batch: Callable
+):
+    """Turn the GPU's out-of-memory error into what to change, with estimated sizes that fit.
 
     Raises:
         MemoryError: in place of torch.OutOfMemoryError.
@@ -130,10 +152,9 @@ def explain_out_of_memory(script: str, config: dict, model):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        import plan  # takes a moment, and imports the stages
-
         card = torch.cuda.get_device_properties(0).total_memory / 2**30
-        sizes = plan.largest_batches(script, config, model.config, card)
+        step = memory.StepMemory(config, model_config, forward_backward, full_batch)
+        sizes = memory.largest_batches(step, card)
         found = ", ".join(f"{size} with {level!r}" for level, size in sizes.items())
         raise MemoryError(
             f"The GPU's memory ended with batch_size {config['batch_size']} and "

@@ -4,12 +4,12 @@ import math
 
 import torch
 
+from engine.runtime import Runtime
 from engine.sharding import gather
-from engine.steps import Precision
 
 
-def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:
-    """AdamW with decay on matrices only; or Muon for the blocks' matrices and AdamW for the rest.
+def build(model, config: dict) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the blocks' matrices and AdamW for the rest. Only matrices decay.
 
     Muon: Jordan et al. 2024; scaled to AdamW's update size (arXiv 2502.16982).
     """
@@ -39,45 +39,47 @@ def build_optimizers(model, config: dict) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, cosine to the minimum."""
+    """Share of the peak learning rate at a step, counted from 1.
+
+    Linear warm-up, then a cosine to min_lr_ratio of the peak.
+    """
     warmup = math.ceil(config["warmup_ratio"] * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, total_steps - warmup)
     lowest = config["min_lr_ratio"]
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> dict[str, float]:
-    """Set every group to its own peak times factor; returns the rates to be logged."""
+def set_learning_rate(
+    optimizers: list[torch.optim.Optimizer], step: int, total_steps: int, config: dict
+) -> dict[str, float]:
+    """Set every group to its own peak times the step's factor. Returns the rates to be logged."""
+    factor = learning_rate_factor(step, total_steps, config)
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         group["lr"] = group["peak_lr"] * factor
     names = ("train/learning_rate", "train/muon_learning_rate")
-    return {
-        name: optimizer.param_groups[0]["lr"]
-        for name, optimizer in zip(names, optimizers, strict=False)
-    }
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    return dict(zip(names, rates, strict=False))
 
 
-def optimizer_step(model, optimizers, precision: Precision, max_grad_norm: float) -> torch.Tensor:
+def step(model, optimizers, rt: Runtime, max_grad_norm: float) -> torch.Tensor:
     """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device.
 
     After an fp16 overflow the scaler skips the step and halves its scale. Without a scaler the
-    weights take whatever comes: check_finite stops the run.
+    step is taken whatever the gradients are: guards.FiniteGuard stops the run.
     """
     for optimizer in optimizers:
-        precision.scaler.unscale_(optimizer)
+        rt.scaler.unscale_(optimizer)
     limit = max_grad_norm or float("inf")
     grad_norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-    if not precision.scaler.is_enabled():
-        precision.grad_norms.append(grad_norm)
     if len(optimizers) == 1:
-        precision.scaler.step(optimizers[0])
-    # The scaler skips per optimizer: of two, one must not step while the other overflows.
-    elif not precision.scaler.is_enabled() or torch.isfinite(grad_norm):
+        rt.scaler.step(optimizers[0])
+    # The scaler skips single optimizers. Of two, one must not step while the other overflows.
+    elif not rt.scaler.is_enabled() or torch.isfinite(grad_norm):
         for optimizer in optimizers:
             optimizer.step()
-    precision.scaler.update()
+    rt.scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return grad_norm

@@ -1,34 +1,35 @@
-"""One run's configuration: the script's wandb_config, a caller's keys, the command line."""
+"""The settings of a run: a script's wandb_config, a caller's keys, the command line."""
 
+import argparse
 import contextlib
 import difflib
 import inspect
 import math
 import os
+import re
 import sys
 
 CHOICES = {
     "mixed_precision": ("fp16", "bf16", "no"),
     "optimizer": ("adamw", "muon"),
     "torch_compile": ("auto", True, False),
-    "gradient_checkpointing": (False, "attention", "full", True),
+    "gradient_checkpointing": (False, "selective", "full", "attention", True),
     "resume": ("auto", False),
 }
 AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epochs", "top_k"} | {
     "gradient_accumulation_steps", "keep_checkpoints", "max_seq_len", "max_length", "n_kv_heads",
     "moe_d_ff",
 }  # fmt: skip
-# batch_size "auto": so many rows, times gradient_accumulation_steps, are a step.
+# With batch_size "auto" a step has this number of rows times gradient_accumulation_steps.
 AUTO_ROWS = 32
-# Far beyond any sensible value, and below what overflows or exhausts the machine further down.
-LARGEST = 2**31 - 1
+LARGEST = 2**31 - 1  # of any number: larger ones overflow int32
 AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio"), 1)
 AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20) | {"num_workers": 1024}
-# Keys that may be None, and an example of what else they take.
+# Keys that may be None, with an example of another value.
 OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
 
 
-def resolve_config(defaults: dict, overrides: dict | None) -> dict:
+def resolve(defaults: dict, overrides: dict | None) -> dict:
     """The script's own wandb_config with the caller's keys put over it.
 
     Raises:
@@ -42,7 +43,7 @@ def resolve_config(defaults: dict, overrides: dict | None) -> dict:
     for key, value in given.items():
         if key not in defaults:
             near = difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.0)
-            problems.append(f"unknown key {shown(key)}; the nearest is {near[0]!r}")
+            problems.append(f"unknown key {shorten(key)}; the nearest is {near[0]!r}")
         elif problem := find_problem(key, value, defaults[key]):
             problems.append(problem)
     if problems:
@@ -50,39 +51,12 @@ def resolve_config(defaults: dict, overrides: dict | None) -> dict:
     return defaults | given
 
 
-def parse_arguments(arguments: list[str], defaults: dict) -> dict:
-    """['--batch_size', '16', '--use_moe=true'] -> {'batch_size': 16, 'use_moe': True}."""
-    parsed = {}
-    words = iter(arguments)
-    for word in words:
-        if not word.startswith("--"):
-            raise ValueError(f"expected --key value, found {word!r}. Keys: {', '.join(defaults)}.")
-        key, equals, text = word[2:].partition("=")
-        if not equals:
-            text = next(words, None)
-            if text is None:
-                raise ValueError(f"--{key} needs a value.")
-        keep_text = isinstance(defaults.get(key), str) and key not in CHOICES
-        parsed[key] = text if keep_text and text.lower() != "none" else parse_value(text)
-    return parsed
-
-
-def parse_value(text: str):
-    constants = {"true": True, "false": False, "none": None}
-    if text.lower() in constants:
-        return constants[text.lower()]
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
-
-
 def find_problem(key: str, value, default) -> str | None:
     """What is wrong with a value, judged by the key's choices and its default's type."""
     if key in CHOICES:
         allowed = CHOICES[key]
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
-            return f"{key}={shown(value)} must be one of {', '.join(map(repr, allowed))}"
+            return f"{key}={shorten(value)} must be one of {', '.join(map(repr, allowed))}"
         return None
     if key == "batch_size" and value == "auto":
         return None
@@ -97,7 +71,7 @@ def find_problem(key: str, value, default) -> str | None:
         rule = _broken_number_rule(key, value, isinstance(default, int))
     elif isinstance(default, str):
         rule = _broken_text_rule(value)
-    return f"{key}={shown(value)} must be {rule}" if rule else None
+    return f"{key}={shorten(value)} must be {rule}" if rule else None
 
 
 def _broken_number_rule(key: str, value, whole: bool) -> str | None:
@@ -122,29 +96,92 @@ def _broken_text_rule(value) -> str | None:
     return "text without NULs and lone surrogates" if has_surrogate or "\0" in value else None
 
 
-def shown(value) -> str:
+def shorten(value) -> str:
     """repr on one short line."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python prints no whole number of more than 4,300 digits
-        return "a number of thousands of digits"
+    text = repr(value)
     return text if len(text) <= 100 else f"{text[:99]}…"
 
 
+# --- the command line -----------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line, as for every other error, in place of usage and exit status 2."""
+        raise ValueError(message)
+
+
+def make_parser(stage_function, defaults: dict) -> argparse.ArgumentParser:
+    """Options for every key of a script's wandb_config and the stage function's own arguments."""
+    module = inspect.getmodule(stage_function)
+    parser = _Parser(
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    comments = read_comments(inspect.getsource(module))
+    keys = parser.add_argument_group("keys of wandb_config")
+    for key, default in defaults.items():
+        text = f"{comments.get(key, '')} (default: {default})".strip().replace("%", "%%")
+        keys.add_argument(f"--{key}", type=_reader(key, default), metavar="VALUE", help=text)
+    run = parser.add_argument_group("run")
+    for name in own_arguments(stage_function):
+        run.add_argument(f"--{name}", metavar="TEXT", help=f"{stage_function.__name__}'s argument")
+    return parser
+
+
+def read_comments(source: str) -> dict[str, str]:
+    """The comment behind each key of the wandb_config in a script's source."""
+    block = source.partition("wandb_config = {\n")[2].partition("\n}")[0]
+    return dict(re.findall(r'^    "(\w+)": .*?  # (.*)$', block, flags=re.MULTILINE))
+
+
+def own_arguments(stage_function) -> list[str]:
+    return [name for name in inspect.signature(stage_function).parameters if name != "wandb_config"]
+
+
+def _reader(key: str, default):
+    keep_text = isinstance(default, str) and key not in CHOICES
+
+    def read(text: str):
+        return text if keep_text and text.lower() != "none" else parse_value(text)
+
+    return read
+
+
+def parse_value(text: str):
+    """'16' -> 16, '1e-3' -> 0.001, 'true' -> True, 'none' -> None; other text stays text."""
+    constants = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def parse_arguments(words: list[str], stage_function, defaults: dict) -> dict:
+    """['--batch_size', '16', '--use_moe=true'] -> {'batch_size': 16, 'use_moe': True}.
+
+    Unknown keys are kept: resolve() names the nearest known one.
+    """
+    parsed, unknown = make_parser(stage_function, defaults).parse_known_args(words)
+    known = vars(parsed)
+    for word in unknown:
+        if word.startswith("--"):
+            known[word[2:].partition("=")[0]] = None
+        elif not any(other.startswith("--") for other in unknown):
+            raise ValueError(f"expected --key value, found {word!r}. --help lists the keys.")
+    return known
+
+
 def run_from_command_line(stage_function, defaults: dict):
-    """Call a stage's function with the command line's keys; an error becomes one clear line."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(sys.modules[stage_function.__module__].__doc__)
-        print("Keys and defaults:")
-        for key, value in defaults.items():
-            print(f"  --{key} {value}")
-        print("  --project_name, --run_name: of the wandb project and of the run's folder")
-        return
+    """Call a stage's function with the command line's keys. An error becomes one clear line."""
     try:
-        own = inspect.signature(stage_function).parameters.keys() - {"wandb_config"}
-        overrides = parse_arguments(arguments, defaults | dict.fromkeys(own, ""))
-        passed = {name: overrides.pop(name) for name in own & overrides.keys()}
+        overrides = parse_arguments(sys.argv[1:], stage_function, defaults)
+        own = own_arguments(stage_function)
+        passed = {name: overrides.pop(name) for name in own if name in overrides}
         stage_function(wandb_config=overrides, **passed)
     except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from error

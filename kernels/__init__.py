@@ -1,0 +1,75 @@
+"""Speed and nothing else: the model's operations that have a form faster than plain PyTorch.
+
+Every function has a reference twin of some ten lines of plain PyTorch, and tests hold one against
+the other. Which one runs is a value: the model carries a Backend, and nothing is switched by
+changing a module. plan.py plans a GPU on a machine without one by giving the model CUDA.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels import attention, cross_entropy, experts, norm_rope, swiglu
+from kernels.cross_entropy import IGNORE_INDEX, Chunks
+
+__all__ = ["CPU", "CUDA", "IGNORE_INDEX", "REFERENCE", "Backend", "for_device"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The functions that a model computes with, and how its loss is cut into chunks."""
+
+    name: str
+    rms_norm: Callable
+    norm_and_rotate: Callable
+    attend: Callable
+    can_attend_by_document: Callable
+    swiglu: Callable
+    run_experts: Callable
+    cross_entropy: Callable
+    token_log_probs: Callable
+    chunks: Chunks
+
+
+CPU = Backend(
+    name="CPU",
+    rms_norm=norm_rope.rms_norm,
+    norm_and_rotate=norm_rope.norm_and_rotate,
+    attend=attention.attend_on_cpu,
+    can_attend_by_document=attention.can_attend_by_document_on_cpu,
+    swiglu=swiglu.swiglu_on_cpu,
+    run_experts=experts.run_experts,
+    cross_entropy=cross_entropy.chunked_cross_entropy,
+    token_log_probs=cross_entropy.chunked_log_probs,
+    chunks=cross_entropy.CPU_CHUNKS,
+)
+CUDA = Backend(
+    name="CUDA",
+    rms_norm=norm_rope.rms_norm,
+    norm_and_rotate=norm_rope.norm_and_rotate,
+    attend=attention.attend_on_gpu,
+    can_attend_by_document=attention.can_attend_by_document_on_gpu,
+    swiglu=swiglu.swiglu_on_gpu,
+    run_experts=experts.run_experts,
+    cross_entropy=cross_entropy.chunked_cross_entropy,
+    token_log_probs=cross_entropy.chunked_log_probs,
+    chunks=cross_entropy.GPU_CHUNKS,
+)
+REFERENCE = Backend(
+    name="REFERENCE",
+    rms_norm=norm_rope.reference_rms_norm,
+    norm_and_rotate=norm_rope.reference_norm_and_rotate,
+    attend=attention.reference_attend,
+    can_attend_by_document=attention.can_attend_by_document_on_cpu,
+    swiglu=swiglu.reference_swiglu,
+    run_experts=experts.run_experts_one_by_one,
+    cross_entropy=cross_entropy.reference_cross_entropy,
+    token_log_probs=cross_entropy.reference_log_probs,
+    chunks=cross_entropy.GPU_CHUNKS,
+)
+
+
+def for_device(device: torch.device) -> Backend:
+    """The backend of a model on this device: CUDA's functions serve every GPU."""
+    return CPU if device.type == "cpu" else CUDA

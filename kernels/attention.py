@@ -1,25 +1,39 @@
-"""Causal attention on a CPU, a block of queries at a time.
+"""Attention: the kernels, by device. Documents packed into one row never see each other.
 
-The scores of one block stay in the cache, and all but the softmax is batched matrix products, which
-run at the full speed of the processor: in bf16 half the time of SDPA. Nothing beyond the block on
-the diagonal or in another document is computed, and backward computes the probabilities again
-instead of keeping them (FlashAttention, arXiv 2205.14135). In 16 bits the scores are rounded before
-the softmax: an error of the size that rounding q and k has made already.
+Three forms of `attention_mask` say which positions see which:
 
-Two operators of torch's own kind, so that torch.compile and checkpointing see one call each.
+    None                          plain causal rows
+    bool (batch, 1, seq, keys)    any pattern: padding, DPO's shared questions, a KV cache
+    int32 (documents + 1,)        packed rows: where each document of the flattened rows starts,
+                                  and the end; no (seq, seq) mask, no work across documents
+
+A GPU takes the three with SDPA's flash kernel, SDPA with a mask, and the varlen flash kernel.
+
+A CPU takes the first and the third in tiles of queries. The scores of one tile stay in the
+cache, and all but the softmax is batched matrix products, which run at the full speed of the
+processor. Nothing beyond the tile on the diagonal or in another document is computed. Backward
+computes the probabilities again instead of keeping them (FlashAttention, arXiv 2205.14135). In
+16 bits the scores are rounded before the softmax: an error as large as the rounding of q and k.
+The tiled kernel is two torch custom operators: torch.compile and checkpointing see one call each.
 """
 
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
+from torch.nn.attention.varlen import varlen_attn
 
-BLOCK = 128  # queries
+from kernels.autograd import compute_dtype
+
+# --- tiles of queries, for a CPU ----------------------------------------------------------------
+
+TILE = 128  # queries
 
 
 class Span(NamedTuple):
-    """Tokens start … end - 1: one document, or several short ones, each with its start."""
+    """Tokens start … end - 1: one document or several short ones, with the start of each."""
 
     start: int
     end: int
@@ -27,41 +41,44 @@ class Span(NamedTuple):
 
 
 def gather_documents(bounds: list[int]) -> list[Span]:
-    """Short documents share a span of up to half a block: there a call costs more than its work."""
+    """Short documents share a span of up to half a tile: a call costs more than their work."""
     spans: list[Span] = []
     for start, end in pairwise(bounds):
-        if spans and end - spans[-1].start <= BLOCK // 2:
+        if spans and end - spans[-1].start <= TILE // 2:
             spans[-1] = Span(spans[-1].start, end, [*spans[-1].documents, start])
         else:
             spans.append(Span(start, end, [start]))
     return spans
 
 
-def query_blocks(span: Span, group: int, like: torch.Tensor):
-    """Yields (queries, rows of q by kv head, keys, mask (rows, keys)), counted in the span.
+def query_tiles(span: Span, group: int, like: torch.Tensor):
+    """Yields (queries, their places in by_kv_head's q, keys, mask (places, keys)), in the span.
 
-    The mask is -inf where a key is behind its query or in another document.
+    The mask is -inf where a key comes after its query or belongs to another document.
     """
     length = span.end - span.start
-    for start in range(0, length, BLOCK):
-        end = min(start + BLOCK, length)
+    for start in range(0, length, TILE):
+        end = min(start + TILE, length)
         mask = like.new_zeros(end - start, end)
         mask[:, start:].fill_(float("-inf")).triu_(1)
-        for document in span.documents[1:]:  # such a span is a single block
+        for document in span.documents[1:]:  # such a span is a single tile
             mask[document - span.start :, : document - span.start] = float("-inf")
         mask = mask.repeat_interleave(group, dim=0)
         yield slice(start, end), slice(start * group, end * group), slice(0, end), mask
 
 
 def probabilities(q, k, mask) -> torch.Tensor:
-    """softmax(q k^T / sqrt(head_dim) + mask): q (kv_heads, rows, head_dim), k (kv_heads, keys,
-    head_dim), mask (rows, keys) -> (kv_heads, rows, keys)."""
+    """softmax(q k^T / sqrt(head_dim) + mask): q (kv_heads, places, head_dim), k (kv_heads, keys,
+    head_dim), mask (places, keys) -> (kv_heads, places, keys).
+    """
     return torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
 
 
 def by_kv_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(tokens, heads, head_dim) -> (kv_heads, tokens * group, head_dim): heads that share a key
-    become rows of one matrix product."""
+    """(tokens, heads, head_dim) -> (kv_heads, tokens * group, head_dim).
+
+    The heads that share a key become places in one matrix product.
+    """
     return rearrange(x, "n (kv group) d -> kv (n group) d", kv=kv_heads).contiguous()
 
 
@@ -69,8 +86,8 @@ def by_token(x: torch.Tensor, group: int) -> torch.Tensor:
     return rearrange(x, "kv (n group) d -> n (kv group) d", group=group)
 
 
-@torch.library.custom_op("llm::blocked_attention", mutates_args=())
-def blocked_attention(
+@torch.library.custom_op("llm::tiled_attention", mutates_args=())
+def tiled_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor
 ) -> torch.Tensor:
     """Causal attention within each document.
@@ -83,47 +100,47 @@ def blocked_attention(
     for span in gather_documents(bounds.tolist()):
         of_span = slice(span.start, span.end)
         queries, keys, values = (by_kv_head(x[of_span], kv_heads) for x in (q, k, v))
-        for block, rows, seen, mask in query_blocks(span, group, q):
+        for tile, places, seen, mask in query_tiles(span, group, q):
             # Contiguous: a batched product copies any other operand, and slowly.
-            probs = probabilities(queries[:, rows].contiguous(), keys[:, seen].contiguous(), mask)
+            probs = probabilities(queries[:, places].contiguous(), keys[:, seen].contiguous(), mask)
             mixed = probs @ values[:, seen].contiguous()
-            output[of_span][block] = by_token(mixed, group)
+            output[of_span][tile] = by_token(mixed, group)
     return output
 
 
-@torch.library.custom_op("llm::blocked_attention_backward", mutates_args=())
-def blocked_attention_backward(
+@torch.library.custom_op("llm::tiled_attention_backward", mutates_args=())
+def tiled_attention_backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v from that of the output, grad (tokens, heads, head_dim)."""
+    """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
     kv_heads, group, scale = k.shape[1], q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
-    # A key's gradient is a sum over blocks: added up in 16 bits it would be rounded every time.
+    # A key's gradient is a sum over tiles. In 16 bits each addition would round it.
     sums = torch.promote_types(k.dtype, torch.float32)
     for span in gather_documents(bounds.tolist()):
         of_span = slice(span.start, span.end)
         queries, keys, values, grads = (by_kv_head(x[of_span], kv_heads) for x in (q, k, v, grad))
         grad_keys, grad_values = torch.zeros(2, *keys.shape, dtype=sums)
-        for block, rows, seen, mask in query_blocks(span, group, q):
-            query, key = queries[:, rows].contiguous(), keys[:, seen].contiguous()
-            value, grad_output = values[:, seen].contiguous(), grads[:, rows].contiguous()
+        for tile, places, seen, mask in query_tiles(span, group, q):
+            query, key = queries[:, places].contiguous(), keys[:, seen].contiguous()
+            value, grad_output = values[:, seen].contiguous(), grads[:, places].contiguous()
             probs = probabilities(query, key, mask)
             grad_values[:, seen] += probs.mT @ grad_output
             grad_probs = grad_output @ value.mT
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
             grad_keys[:, seen] += grad_scores.mT @ query
-            grad_q[of_span][block] = by_token(grad_scores @ key, group)
+            grad_q[of_span][tile] = by_token(grad_scores @ key, group)
         grad_k[of_span] = by_token(grad_keys.mul_(scale), 1)
         grad_v[of_span] = by_token(grad_values, 1)
     return grad_q.mul_(scale), grad_k, grad_v
 
 
-@blocked_attention.register_fake
+@tiled_attention.register_fake
 def _(q, k, v, bounds):
     return q.new_empty(q.shape)
 
 
-@blocked_attention_backward.register_fake
+@tiled_attention_backward.register_fake
 def _(grad, q, k, v, bounds):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
@@ -133,7 +150,92 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    return *blocked_attention_backward(grad, *ctx.saved_tensors), None
+    return *tiled_attention_backward(grad, *ctx.saved_tensors), None
 
 
-blocked_attention.register_autograd(_backward, setup_context=_keep)
+tiled_attention.register_autograd(_backward, setup_context=_keep)
+
+
+# --- one call of a layer ------------------------------------------------------------------------
+
+
+def sdpa(q, k, v, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None,  # lets SDPA choose its flash kernel
+        dropout_p=dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def attend_on_cpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys, head_dim) -> q's shape."""
+    batch, _, seq, _ = q.shape
+    if dropout or (attention_mask is not None and attention_mask.ndim == 4):
+        return sdpa(q, k, v, attention_mask, dropout)
+    if attention_mask is None:  # every row is a document
+        attention_mask = torch.arange(0, (batch + 1) * seq, seq, dtype=torch.int32)
+    q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
+    return rearrange(tiled_attention(q, k, v, attention_mask), "(b s) h d -> b h s d", s=seq)
+
+
+def attend_on_gpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """Shapes as attend_on_cpu."""
+    if attention_mask is None or attention_mask.ndim == 4:
+        return sdpa(q, k, v, attention_mask, dropout)
+    seq, is_grouped = q.shape[2], q.shape[1] != k.shape[1]
+    q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
+    bounds, longest = (attention_mask, attention_mask), (seq, seq)  # of queries, of keys
+    x = varlen_attn(q, k, v, *bounds, *longest, window_size=(-1, 0), enable_gqa=is_grouped)
+    return rearrange(x, "(b s) h d -> b h s d", s=seq)
+
+
+def reference_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """The twin of both: softmax(q k^T / sqrt(head_dim)) v with every score written out."""
+    if attention_mask is None or attention_mask.ndim == 1:
+        attention_mask = document_mask(attention_mask, q)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).float()  # (batch, heads, seq, keys)
+    probs = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).to(v.dtype)
+    return F.dropout(probs, dropout) @ v
+
+
+def document_mask(bounds: torch.Tensor | None, q: torch.Tensor) -> torch.Tensor:
+    """Bounds of documents (None: every row is one) -> bool (batch, 1, seq, seq)."""
+    batch, _, seq, _ = q.shape
+    token = torch.arange(batch * seq, device=q.device)
+    if bounds is None:
+        bounds = torch.arange(0, (batch + 1) * seq, seq, device=q.device)
+    document = torch.bucketize(token, bounds.long(), right=True).view(batch, 1, seq)
+    same = document[..., :, None] == document[..., None, :]
+    return same & torch.ones(seq, seq, dtype=torch.bool, device=q.device).tril()
+
+
+# --- where packed rows can be told apart by their documents' bounds -------------------------------
+
+
+def can_attend_by_document_on_cpu(weight: torch.Tensor, dropout: float) -> bool:
+    """weight: any parameter of the model, for its device and dtype. No kernel has dropout."""
+    return not dropout
+
+
+def can_attend_by_document_on_gpu(weight: torch.Tensor, dropout: float) -> bool:
+    """The varlen kernel takes 16 bits, on compute capability 8.0 (Ampere) or higher."""
+    dtype = compute_dtype(weight)
+    if weight.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dropout:
+        return False
+    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
+
+
+# What selective activation checkpointing keeps: the outputs of these operators.
+ATTENTION_KERNELS = [
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.llm.tiled_attention.default,
+]

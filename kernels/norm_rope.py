@@ -1,44 +1,13 @@
-"""RMSNorm and rotary embedding as one autograd node each: fewer passes, and less kept for backward.
+"""RMSNorm and rotary embedding: one autograd node each.
 
-Written out as separate operations they would keep every intermediate, several of them in fp32.
-Here only the input is kept, in the dtype it came in, and one number per normalised vector.
-torch.compile traces through both, fuses what is left, and keeps the input alone. recompute() does
-the same for any function, at the price of running it again.
+Separate operations keep every intermediate tensor for backward, several of them in fp32. These
+keep their input, in the dtype in which it came, and one number per normalised vector. torch.compile
+traces through both functions; the compiled graph keeps the input alone.
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-
-def compute_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that autocast will feed to the next matrix product: x's own when it is off."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
-def recompute(function, *tensors):
-    """function(*tensors), keeping only the tensors: what is between is computed again in backward.
-
-    Recomputation stops before the last matrix product, whose result backward does not need.
-    """
-    if not torch.is_grad_enabled():
-        return function(*tensors)
-    # With the same random numbers: an adapter on the last product may have dropout.
-    return checkpoint(function, *tensors, use_reentrant=False)
-
-
-def apply(function, *inputs):
-    """function.apply(*inputs) of a torch.autograd.Function, in a compiled graph with recompute().
-
-    The graph would keep the result beside its input, for the product or attention that takes it.
-    """
-    if torch.compiler.is_compiling():
-        return recompute(function.apply, *inputs)
-    return function.apply(*inputs)
+from kernels.autograd import apply, at_least_fp32, compute_dtype
 
 
 def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,9 +19,9 @@ def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalize_backward(grad, x_hat, scale):
-    """Gradient of x from that of x_hat; writes over grad."""
-    along = (grad * x_hat).mean(-1, keepdim=True)
-    return grad.sub_(x_hat * along).mul_(scale)
+    """Gradient of x from the gradient of x_hat. Overwrites grad."""
+    projection = (grad * x_hat).mean(-1, keepdim=True)
+    return grad.sub_(x_hat * projection).mul_(scale)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -74,18 +43,19 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467).
 
-    Returned in the dtype that the next matrix product takes, so that it is rounded once.
+    x (…, size), weight (size,). The result has the dtype of the next matrix product: it is rounded
+    only once.
     """
     return apply(_RMSNorm, x, weight, eps, compute_dtype(x))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the halves of the last dimension by position; cos and sin (…, size / 2)."""
+    """Rotate pairs (i, i + size / 2) of the last dimension; cos and sin (…, size / 2)."""
     first, second = x.chunk(2, dim=-1)
     rotated = x * torch.cat((cos, cos), dim=-1)
-    one, other = rotated.chunk(2, dim=-1)
-    one.addcmul_(second, sin, value=-1)
-    other.addcmul_(first, sin)
+    rotated_first, rotated_second = rotated.chunk(2, dim=-1)
+    rotated_first.addcmul_(second, sin, value=-1)
+    rotated_second.addcmul_(first, sin)
     return rotated
 
 
@@ -113,3 +83,19 @@ def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
     (batch, 1, seq, head_dim / 2); returns x's shape and dtype.
     """
     return apply(_NormAndRotate, x, weight, cos, sin, eps)
+
+
+def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The twin of rms_norm in plain operations."""
+    x_fp32 = at_least_fp32(x)
+    x_hat = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    return (x_hat * weight).to(compute_dtype(x))
+
+
+def reference_norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
+    """The twin of norm_and_rotate in plain operations."""
+    x_fp32 = at_least_fp32(x)
+    x_hat = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    first, second = (x_hat * weight).chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)

@@ -1,20 +1,23 @@
-"""SwiGLU on a CPU, a block of tokens at a time.
+"""SwiGLU: down(silu(gate(x)) * up(x)), arXiv 2002.05202.
 
-Written out as separate operations, backward holds six tensors (tokens, d_ff) at once and passes
-over memory for each. Here it holds the two that forward has kept: the rest are blocks, which stay
-in the cache from one operation to the next.
-
-Two operators of torch's own kind, so that torch.compile and checkpointing see one call each.
+On a CPU it is computed in tiles of tokens. In separate operations, backward holds six tensors
+(tokens, d_ff) at once and passes over memory for each. In tiles it holds the two tensors that
+forward kept; the others are as large as a tile and stay in the cache between operations. The
+tiled kernel is two torch custom operators: torch.compile and checkpointing see one call each.
 """
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-BLOCK = 1024  # tokens: with fewer, adding to the weights' gradients would take its time
+from kernels.autograd import compute_dtype, recompute
+
+TILE = 1024  # tokens; smaller tiles add to the weights' gradients too often
 silu, silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
 
 
-def blocks(tokens: int):
-    return (slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK))
+def tiles(tokens: int):
+    return (slice(start, min(start + TILE, tokens)) for start in range(0, tokens, TILE))
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor):
@@ -25,29 +28,29 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor):
         total += left.T @ right
 
 
-@torch.library.custom_op("llm::blocked_swiglu", mutates_args=())
-def blocked_swiglu(
+@torch.library.custom_op("llm::tiled_swiglu", mutates_args=())
+def tiled_swiglu(
     x: torch.Tensor, gate_weight: torch.Tensor, up_weight: torch.Tensor, down_weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """down(silu(gate(x)) * up(x)), and for backward gate(x) and up(x); computed in x's dtype.
+    """down(silu(gate(x)) * up(x)), and for backward gate(x) and up(x). Computes in x's dtype.
 
     x (tokens, d_model), gate_weight and up_weight (d_ff, d_model), down_weight (d_model, d_ff).
     """
     weights = (w.to(x.dtype) for w in (gate_weight, up_weight, down_weight))
     gate_weight, up_weight, down_weight = weights
     (tokens, _), (d_ff, _) = x.shape, gate_weight.shape
-    output, scratch = torch.empty_like(x), x.new_empty(min(BLOCK, tokens), d_ff)
+    output, scratch = torch.empty_like(x), x.new_empty(min(TILE, tokens), d_ff)
     gate, up = (x.new_empty(tokens, d_ff) for _ in range(2))
-    for block in blocks(tokens):
-        torch.mm(x[block], gate_weight.T, out=gate[block])
-        torch.mm(x[block], up_weight.T, out=up[block])
-        activated = silu(gate[block], out=scratch[: block.stop - block.start])  # (block, d_ff)
-        torch.mm(activated.mul_(up[block]), down_weight.T, out=output[block])
+    for tile in tiles(tokens):
+        torch.mm(x[tile], gate_weight.T, out=gate[tile])
+        torch.mm(x[tile], up_weight.T, out=up[tile])
+        activated = silu(gate[tile], out=scratch[: tile.stop - tile.start])  # (tile, d_ff)
+        torch.mm(activated.mul_(up[tile]), down_weight.T, out=output[tile])
     return output, gate, up
 
 
-@torch.library.custom_op("llm::blocked_swiglu_backward", mutates_args=())
-def blocked_swiglu_backward(
+@torch.library.custom_op("llm::tiled_swiglu_backward", mutates_args=())
+def tiled_swiglu_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
     gate_weight: torch.Tensor,
@@ -56,35 +59,35 @@ def blocked_swiglu_backward(
     gate: torch.Tensor,
     up: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x and the three weights from that of the output, grad (tokens, d_model)."""
+    """Gradients of x and of the three weights; grad (tokens, d_model) is the output's."""
     weights = gate_weight, up_weight, down_weight
-    # Sums over blocks: in 16 bits they would be rounded every time.
+    # Sums over tiles. In 16 bits each addition would round them.
     sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
     gate_weight, up_weight, down_weight = (w.to(x.dtype) for w in weights)
-    grad_x, scratch = torch.empty_like(x), gate.new_empty(2, min(BLOCK, len(x)), gate.shape[1])
-    for block in blocks(len(x)):
-        gate_block, up_block, grad_block = gate[block], up[block], grad[block]
-        one, other = scratch[:, : len(gate_block)]  # (block, d_ff); each serves several times
-        activated = silu(gate_block, out=one)
-        add_product(sums[2], grad_block, torch.mul(activated, up_block, out=other))
-        grad_product = torch.mm(grad_block, down_weight, out=other)
+    grad_x, scratch = torch.empty_like(x), gate.new_empty(2, min(TILE, len(x)), gate.shape[1])
+    for tile in tiles(len(x)):
+        gate_tile, up_tile, grad_tile = gate[tile], up[tile], grad[tile]
+        first, second = scratch[:, : len(gate_tile)]  # (tile, d_ff); each is used several times
+        activated = silu(gate_tile, out=first)
+        add_product(sums[2], grad_tile, torch.mul(activated, up_tile, out=second))
+        grad_product = torch.mm(grad_tile, down_weight, out=second)
         grad_up = activated.mul_(grad_product)
-        grad_activated = grad_product.mul_(up_block)
-        grad_gate = silu_backward(grad_activated, gate_block, grad_input=grad_activated)
-        torch.mm(grad_gate, gate_weight, out=grad_x[block])
-        grad_x[block].addmm_(grad_up, up_weight)
-        add_product(sums[0], grad_gate, x[block])
-        add_product(sums[1], grad_up, x[block])
+        grad_activated = grad_product.mul_(up_tile)
+        grad_gate = silu_backward(grad_activated, gate_tile, grad_input=grad_activated)
+        torch.mm(grad_gate, gate_weight, out=grad_x[tile])
+        grad_x[tile].addmm_(grad_up, up_weight)
+        add_product(sums[0], grad_gate, x[tile])
+        add_product(sums[1], grad_up, x[tile])
     return grad_x, *(total.to(w.dtype) for total, w in zip(sums, weights, strict=True))
 
 
-@blocked_swiglu.register_fake
+@tiled_swiglu.register_fake
 def _(x, gate_weight, up_weight, down_weight):
     gate, up = (x.new_empty(x.shape[0], gate_weight.shape[0]) for _ in range(2))
     return torch.empty_like(x), gate, up
 
 
-@blocked_swiglu_backward.register_fake
+@tiled_swiglu_backward.register_fake
 def _(grad, x, gate_weight, up_weight, down_weight, gate, up):
     return tuple(torch.empty_like(t) for t in (x, gate_weight, up_weight, down_weight))
 
@@ -95,7 +98,29 @@ def _keep(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    return blocked_swiglu_backward(grad, *ctx.saved_tensors)
+    return tiled_swiglu_backward(grad, *ctx.saved_tensors)
 
 
-blocked_swiglu.register_autograd(_backward, setup_context=_keep)
+tiled_swiglu.register_autograd(_backward, setup_context=_keep)
+
+
+def swiglu_on_cpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tensor:
+    """x (…, d_model) and three layers. In tiles where gradients are needed and no layer has an
+    adapter: an adapter must be called, not only its weight read.
+    """
+    layers = gate_proj, up_proj, down_proj
+    if torch.is_grad_enabled() and all(type(layer) is nn.Linear for layer in layers):
+        tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # (tokens, d_model)
+        return tiled_swiglu(tokens, *(layer.weight for layer in layers))[0].view(x.shape)
+    return swiglu_on_gpu(x, *layers)
+
+
+def swiglu_on_gpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tensor:
+    """Backward keeps gate(x) and up(x), and computes their product again."""
+    gate, up = gate_proj(x), up_proj(x)
+    return recompute(lambda gate, up: down_proj(F.silu(gate) * up), gate, up)
+
+
+def reference_swiglu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tensor:
+    """The twin of both in plain operations."""
+    return down_proj(F.silu(gate_proj(x)) * up_proj(x))

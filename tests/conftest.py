@@ -17,7 +17,12 @@ from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data" / "real"
-OWN = [path.stem for folder in (ROOT, ROOT / "tests") for path in folder.glob("*.py")]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("**/*.py")]
+SOURCES += [
+    path for folder in ("corpus", "engine", "kernels") for path in ROOT.glob(f"{folder}/*.py")
+]
+OWN = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+OWN += [path.stem for path in (ROOT / "tests").glob("**/*.py")]
 TEXTS = ["天地玄黄，宇宙洪荒。", "The quick brown fox.", "user assistant system"]
 
 # A shared machine may be slow: no example fails by its time, and nothing is left in the folder.
@@ -25,14 +30,14 @@ settings.register_profile("toolkit", deadline=None, database=None)
 settings.register_profile("long", settings.get_profile("toolkit"), max_examples=1600)
 settings.load_profile("toolkit")
 
-# A warning that points at our own lines is ours to mend; one inside a library is not. Here for the
+# A warning that points at our own lines is an error; one inside a library is not. Set here for the
 # scripts that tests run as a user does, and below for the tests' own process.
 os.environ["PYTHONWARNINGS"] = ",".join(f"error:::{name}" for name in ["__main__", *OWN])
 
 
 def pytest_configure(config):
     for name in OWN:
-        config.addinivalue_line("filterwarnings", rf"error:::{name}\Z")
+        config.addinivalue_line("filterwarnings", rf"error:::{name.replace('.', chr(92) + '.')}\Z")
 
 
 @pytest.fixture(scope="session")

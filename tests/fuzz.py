@@ -12,7 +12,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from engine.steps import NumericalError
+from engine.guards import NumericalError
 from tokenizer import SPECIAL_TOKENS
 
 # Drawn more often than chance would: look-alikes of control tokens, and what broke tokenizers.

@@ -12,16 +12,17 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from engine import sharding as devices
-
 FUNCTIONS = {"train_llm": "train", "sft_train": "train_sft", "dpo_train": "train_dpo"}
 
 
-class ShardingAccelerator(Accelerator):
-    """Configured for FSDP2, which Accelerate itself does not set up where there is no GPU."""
+def configure(shard: bool):
+    """The state that the stage's own Accelerator finds: plain, or FSDP2.
 
-    def __init__(self, **options):
-        super().__init__(**options)
+    Accelerate itself does not set up FSDP2 where there is no GPU.
+    """
+    AcceleratorState._reset_state(reset_partial_state=False)
+    if shard:
+        Accelerator(cpu=True, mixed_precision="no")
         AcceleratorState._shared_state |= {
             "distributed_type": DistributedType.FSDP,
             "fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2),
@@ -29,11 +30,10 @@ class ShardingAccelerator(Accelerator):
 
 
 def main():
-    # Muon multiplies in bf16: over shards it would sum, and so round, in another order.
+    # Muon multiplies in bf16. Over shards it sums, and so rounds, in another order.
     torch.Tensor.bfloat16 = torch.Tensor.float
     for stage, run_name, config, shard in json.loads(sys.argv[1]):
-        devices.Accelerator = ShardingAccelerator if shard else Accelerator
-        AcceleratorState._reset_state(reset_partial_state=False)
+        configure(shard)
         train = getattr(importlib.import_module(stage), FUNCTIONS[stage])
         train(run_name=run_name, wandb_config=config)
 

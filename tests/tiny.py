@@ -2,15 +2,20 @@
 
 import json
 import random
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 
-from engine.report import read_metrics
+from engine.runtime import Runtime, make_runtime
+from engine.tracker import read_metrics
+from models import Backbone, CustomLLM, CustomLLMConfig
 
 MODEL = {"d_model": 32, "n_heads": 2, "n_layers": 2, "d_ff": 64}
 LOOP = {
@@ -32,6 +37,21 @@ EXACT += (
     "kl/chosen",
     "val/rewards/margins",
 )
+
+
+CPU = torch.device("cpu")
+
+
+def cpu_runtime(dtype: torch.dtype | None = None) -> Runtime:
+    """One process on the CPU."""
+    return make_runtime(dtype, CPU)
+
+
+def tiny_model(**changes) -> CustomLLM:
+    """64 tokens, width 16, two layers of two heads; the same weights each time."""
+    sizes = {"vocab_size": 64, "d_model": 16, "n_heads": 2, "n_layers": 2, "d_ff": 32}
+    torch.manual_seed(0)
+    return CustomLLM(CustomLLMConfig(**sizes | changes))
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -109,17 +129,62 @@ def trl_sft_trainer(folder, model_folder: str, tokenizer, conversations: list, *
     )
 
 
-def crash_after(monkeypatch, stage, steps: int):
-    """Let a stage's process die (as an exception) right after so many optimizer steps."""
-    real, done = stage.optimizer_step, []
+@contextmanager
+def after_step(count: int, action):
+    """Call action(optimizer) once, when AdamW has made `count` steps, in whatever stage."""
+    done = []
 
-    def step(*arguments):
-        done.append(real(*arguments))
-        if len(done) == steps:
-            raise InterruptedError("crash")
-        return done[-1]
+    def hook(optimizer, args, kwargs):
+        if isinstance(optimizer, torch.optim.AdamW):
+            done.append(1)
+            if len(done) == count:
+                action(optimizer)
 
-    monkeypatch.setattr(stage, "optimizer_step", step)
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def before_forward(count: int, action):
+    """Call action(backbone) once, before the model's forward pass number `count` with gradients."""
+    done = []
+
+    def hook(module, args):
+        if isinstance(module, Backbone) and torch.is_grad_enabled():
+            done.append(1)
+            if len(done) == count:
+                action(module)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def crash_after(steps: int):
+    """Let a stage die (as an exception, which is expected here) right after so many steps."""
+
+    def crash(optimizer):
+        raise InterruptedError("crash")
+
+    with after_step(steps, crash), pytest.raises(InterruptedError):
+        yield
+
+
+@contextmanager
+def no_training():
+    """Any optimizer step fails the test."""
+
+    def fail(optimizer):
+        pytest.fail("something was trained")
+
+    with after_step(1, fail):
+        yield
 
 
 def weights(folder) -> dict:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from peers import ROOT  # noqa: F401 (puts the project on the path)
 
-from kernels.attention import blocked_attention
+from kernels.attention import tiled_attention
 
 HEAD_DIM = 64
 SHAPES = [  # heads, kv_heads, length of a document, documents

@@ -49,8 +49,9 @@ def test_the_largest_batch_fits_and_a_twentieth_more_does_not():
 
 
 def test_losses_and_attention_are_as_before_after_planning():
-    from kernels.cross_entropy import LOGITS_BUDGET, SKIPS_IGNORED, SOFTMAX_BUDGET
     from kernels.masks import IN_BLOCKS
+
+    from kernels.cross_entropy import LOGITS_BUDGET, SKIPS_IGNORED, SOFTMAX_BUDGET
 
     before = dict(LOGITS_BUDGET), dict(SOFTMAX_BUDGET), set(SKIPS_IGNORED), set(IN_BLOCKS)
     with plan.as_on_a_gpu():

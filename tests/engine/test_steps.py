@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from kernels.masks import ATTENTION_KERNELS
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,7 +29,6 @@ from engine.steps import (
     make_precision,
     seed_step,
 )
-from kernels.masks import ATTENTION_KERNELS
 from models import CustomLLM, CustomLLMConfig
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from kernels.masks import build_attention_mask
 
 from kernels.attention import BLOCK, blocked_attention, gather_documents
-from kernels.masks import build_attention_mask
 
 HEAD_DIM = 8
 

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from kernels.masks import ATTENTION_KERNELS, attend, build_attention_mask, can_attend_by_document
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from corpus.packing import PackedCollator
 from engine.steps import checkpoint_blocks
 from kernels import masks as attention
-from kernels.masks import ATTENTION_KERNELS, attend, build_attention_mask, can_attend_by_document
 from models import CustomLLM, CustomLLMConfig
 
 LENGTH = 12
@@ -91,7 +91,7 @@ def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(monkeypatch, ma
     q, k, v = torch.randn(3, 2, 4, 8, 16, generator=torch.manual_seed(0)).unbind()
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril() if masked else None
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    blocked = torch.ops.llm.blocked_attention.default
+    blocked = torch.ops.llm.tiled_attention.default
     expected = [flash] if masked else [blocked]
     for devices in ({"cpu"}, set()):  # as on a CPU; as on a GPU
         kernels = []
@@ -131,4 +131,4 @@ def test_on_a_cpu_packed_rows_run_in_one_call_a_layer():
     assert [can_attend_by_document(weight, dropout) for dropout in (0.0, 0.1)] == [True, False]
     with RecordKernels(kernels):
         model(**batch)
-    assert kernels == [torch.ops.llm.blocked_attention.default] * model.config.n_layers
+    assert kernels == [torch.ops.llm.tiled_attention.default] * model.config.n_layers

@@ -1,0 +1,112 @@
+"""Files that are whole or absent, whatever happens while they are written; names by content."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+from filelock import FileLock
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder to write into. It becomes `target` when all of it is on the disk.
+
+    After a kill or an error `target` is absent. The next writer removes what was left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        with explain_full_disk(target):
+            yield temporary
+            for path in [p for p in temporary.rglob("*") if p.is_file()]:
+                with open(path, "rb+") as stream:
+                    os.fsync(stream.fileno())
+            _sync_folder(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    os.replace(temporary, target)
+    _sync_folder(target.parent)
+
+
+def cache_lock(cache: Path) -> FileLock:
+    """Hold it while a folder of the cache is made: another run that needs the folder waits."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / ".lock")
+
+
+def write_whole(path: Path, text: str):
+    """Write a file. After a kill or an error it has its old content or the new one, never half."""
+    temporary = path.with_name(path.name + ".tmp")
+    with explain_full_disk(path), open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+class DiskFullError(OSError):
+    """The disk is full. The message says what could not be written and what to do."""
+
+
+@contextlib.contextmanager
+def explain_full_disk(target: Path) -> Iterator[None]:
+    """Raise DiskFullError when writing `target` fails because the disk is full.
+
+    torch, safetensors and tokenizers raise errors that do not tell the cause. Then a test file is
+    written to find out.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        number = number if number in DISK_FULL else _full_disk_errno(target.parent)
+        if number is None:
+            raise
+        raise DiskFullError(
+            f"{target} could not be written: {os.strerror(number)} "
+            f"({shutil.disk_usage(target.parent).free / 2**20:,.0f} MiB free there). Free some "
+            "space and run the same command again: it goes on from what was saved before."
+        ) from error
+
+
+def _full_disk_errno(folder: Path) -> int | None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(2**20))
+    except OSError as error:
+        return error.errno if error.errno in DISK_FULL else None
+    return None
+
+
+def _sync_folder(folder: Path):
+    if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def content_hash(files: list[Path]) -> str:
+    """Hash of the files' bytes, 128 bits as hexadecimal. Names and dates do not matter."""
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(f"{file.stat().st_size}:".encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def settings_hash(*settings) -> str:
+    """A short name for a combination of settings: what a cache folder is called."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(settings, sort_keys=True, default=str).encode())

@@ -1,0 +1,56 @@
+"""What a model does at a moment of its training: validation, and samples."""
+
+import math
+
+import torch
+
+from engine.runtime import Runtime
+from engine.sharding import whole_model
+from kernels import IGNORE_INDEX
+
+
+@torch.no_grad()
+def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
+    """val/loss in nats per target, and val/bits_per_byte, over all ranks' batches.
+
+    num_bytes: UTF-8 bytes of all targets.
+    """
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=rt.device)  # nats, targets
+    for batch in loader:
+        batch = rt.to_device(batch)
+        with rt.autocast():
+            totals[0] += model(**batch, num_items_in_batch=1, skip_logits=True).loss
+        totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+    model.train()
+    nats, targets = rt.sum(totals).tolist()
+    return {
+        "val/loss": nats / max(targets, 1),
+        "val/bits_per_byte": nats / math.log(2) / max(num_bytes, 1),
+    }
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[str], rt: Runtime, max_new_tokens: int = 60):
+    """Sampled continuations of rendered prompts, with the same random draws each time.
+
+    All ranks must call it, because the model may be sharded.
+    """
+    model = whole_model(model).eval()
+    samples = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        torch.manual_seed(0)
+        with rt.autocast():
+            output = model.generate(
+                ids.to(rt.device),
+                attention_mask=torch.ones_like(ids).to(rt.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.9,
+                remove_invalid_values=True,  # a ruined model's NaN; the loop reports it
+            )
+        samples.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    model.train()
+    return samples

@@ -1,0 +1,189 @@
+"""The memory of a training step: activation checkpointing, and how much a step takes.
+
+The memory is counted, not measured: a step runs on tensors without contents (FakeTensorMode) and
+on the backend of a GPU, also on a machine without one.
+"""
+
+import contextlib
+import math
+import warnings
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from torch.utils.weak import WeakIdKeyDictionary
+
+import kernels
+from engine import optim
+from engine.runtime import make_runtime
+from kernels.attention import ATTENTION_KERNELS
+from models import CustomLLM, CustomLLMConfig
+
+LEVELS = (False, "selective", "full")  # of gradient_checkpointing
+# Beside the tensors: CUDA's context and libraries, and what the allocator cannot use.
+CONTEXT_GIB, FRAGMENTATION = 1.0, 0.10
+
+
+def checkpoint_activations(model, level):
+    """Keep less of each block for backward and compute it again. Gradients stay the same.
+
+    "selective" (or "attention"): keep the outputs of attention, the slowest part to compute again;
+    "full" (or True): keep nothing; False: keep everything.
+    """
+    if not level:
+        for block in model.model.layers:
+            block.gradient_checkpointing = False
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
+    if level in ("selective", "attention"):
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
+    with warnings.catch_warnings():  # transformers 5.24 renames it, 5.0 does not know the new name
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(options)
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most bytes of tensors alive at once: MemTracker's total, faster, without categories."""
+
+    def __init__(self, *alive: torch.Tensor):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.known = WeakIdKeyDictionary()  # storages: a view shares its base's
+        self.count(alive)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        self.count(outputs)
+        return outputs
+
+    def count(self, tensors):
+        for tensor in tree_leaves(tensors):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if storage not in self.known:
+                self.known[storage] = True
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+
+    def forget(self, size: int):
+        self.alive -= size
+
+
+class StepMemory:
+    """A stage's model and optimizers, and the peak of their training step in bytes.
+
+    Args:
+        config: the stage's configuration.
+        forward_backward: the stage's, called with (model, batch, num_targets, rt).
+        full_batch: number of rows or pairs -> the largest batch there can be, on the CPU.
+        fake: False counts on real tensors, for comparison.
+    """
+
+    def __init__(
+        self,
+        config: dict,
+        model_config: CustomLLMConfig,
+        forward_backward: Callable,
+        full_batch: Callable,
+        fake: bool = True,
+    ):
+        self.config, self.forward_backward, self.full_batch = config, forward_backward, full_batch
+        self.mode = FakeTensorMode() if fake else None
+        # bf16 stands for fp16: it is as large, and its grouped product runs on a CPU.
+        dtype = None if config["mixed_precision"] == "no" else torch.bfloat16
+        self.rt = make_runtime(dtype, torch.device("cpu"))
+        with self.mode or contextlib.nullcontext():
+            self.model = CustomLLM(model_config).train()
+            self.model.backend = kernels.CUDA
+            self.optimizers = optim.build(self.model, config)
+            self._run(self._batch(1))  # creates the optimizers' state
+            self._step()
+
+    def peak(self, batch_size: int, level) -> dict[str, int]:
+        """Bytes by category, and "total", at the worst moment of a step's last micro-batch."""
+        memory = MemTracker()
+        with self._micro_batch(batch_size, level) as batch:
+            memory.track_external(self.model, *self.optimizers, *batch.values())
+            with memory, warnings.catch_warnings():
+                # The tracker's, about blocks that are computed again.
+                warnings.filterwarnings("ignore", message="Module is None")
+                self._run(batch)
+                self._step()
+        peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
+        return {str(kind).rpartition(".")[2].lower(): size for kind, size in peak.items()}
+
+    def peak_of_backward(self, batch_size: int, level) -> int:
+        """Bytes at the worst moment before the optimizer's step, which no batch size changes."""
+        with self._micro_batch(batch_size, level) as batch:
+            states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+            weights = list(self.model.parameters())
+            memory = PeakBytes(weights, [p.grad for p in weights], states, list(batch.values()))
+            with memory:
+                self._run(batch)
+        return memory.peak
+
+    @contextlib.contextmanager
+    def _micro_batch(self, batch_size: int, level):
+        checkpoint_activations(self.model, level)
+        batch = self._batch(batch_size)
+        with self.mode or contextlib.nullcontext():  # the tracker sees nothing outside of it
+            self.model.zero_grad()
+            if self.config["gradient_accumulation_steps"] > 1:
+                self._run(self._batch(1))  # the gradients are there already
+            yield batch
+
+    def _batch(self, batch_size: int) -> dict[str, torch.Tensor]:
+        batch = self.full_batch(batch_size)
+        if self.mode:
+            batch = {name: self.mode.from_tensor(tensor) for name, tensor in batch.items()}
+        return batch
+
+    def _run(self, batch: dict):
+        self.forward_backward(self.model, batch, 1, self.rt)
+
+    def _step(self):
+        optim.step(self.model, self.optimizers, self.rt, self.config["max_grad_norm"])
+
+
+def on_card(tensor_bytes: float) -> float:
+    """GiB of the card that a peak of tensors will take, by the stated margin."""
+    return tensor_bytes / 2**30 * (1 + FRAGMENTATION) + CONTEXT_GIB
+
+
+def largest_batches(memory: StepMemory, card_gib: float) -> dict:
+    """The largest micro-batch by level of gradient_checkpointing, estimated."""
+    return {level: largest_batch(memory, level, card_gib) for level in LEVELS}
+
+
+def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
+    """The largest micro-batch that fits. Beyond the first few rows memory grows in proportion."""
+    room = (card_gib - CONTEXT_GIB) / (1 + FRAGMENTATION) * 2**30
+    peaks: dict[int, float] = {}
+
+    def fits(size: int) -> bool:
+        if size not in peaks:
+            peaks[size] = memory.peak_of_backward(size, level)
+        return peaks[size] <= room
+
+    # Below so many rows the chunk of logits still grows with them.
+    chunk = memory.model.backend.chunks.tokens(memory.model.config.vocab_size)
+    rows = math.ceil(chunk / memory.full_batch(1)["input_ids"].shape[1])
+    fits(rows), fits(2 * rows)
+    for _ in range(3):  # along the line through the two measured sizes that come nearest
+        one, two = sorted(sorted(peaks, key=lambda size: abs(peaks[size] - room))[:2])
+        slope = max(1.0, (peaks[two] - peaks[one]) / (two - one))
+        size = max(1, math.floor(one + (room - peaks[one]) / slope))
+        if any(abs(size - known) <= size // 50 and fits(known) for known in peaks):
+            break
+        fits(size)
+    while size and not fits(size):
+        size -= max(1, size // 50)
+    return size

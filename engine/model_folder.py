@@ -1,0 +1,56 @@
+"""Models from folders: of this project, or any other of the Qwen3 architecture."""
+
+from pathlib import Path
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from models import CustomLLM
+from tokenizer import create_tokenizer
+
+
+def load_model_folder(path, tokenizer, dropout: float, max_length: int, say) -> CustomLLM:
+    """A model in fp32 from any folder of the Qwen3 architecture. Says what it inherits.
+
+    A context shorter than max_length grows to it: RoPE needs no new weights.
+
+    Raises:
+        ValueError: no such folder, another architecture, or a vocabulary smaller than the
+            tokenizer's.
+    """
+    check_model_folder(path)
+    model = CustomLLM.from_pretrained(path, dtype=torch.float32, dropout=dropout)
+    config = model.config
+    config.max_seq_len = max(config.max_seq_len, max_length)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, more than the {config.vocab_size} of the "
+            f"model in {path}: use that folder's own tokenizer."
+        )
+    say(
+        f"Starting from {path}: d_model {config.d_model}, n_layers {config.n_layers}, n_heads "
+        f"{config.n_heads}, max_seq_len {config.max_seq_len}, vocabulary {config.vocab_size:,}."
+    )
+    return model
+
+
+def check_model_folder(path):
+    if not Path(path, "config.json").is_file():
+        raise ValueError(
+            f"{path}: no model folder there (no config.json; looked from {Path.cwd()})."
+        )
+
+
+def open_model_folder(path: str):
+    """(model in fp32 on the best device and in eval mode, its tokenizer), as the commands need it.
+
+    Raises:
+        ValueError: as load_model_folder.
+    """
+    check_model_folder(path)
+    disable_progress_bar()
+    tokenizer = create_tokenizer(model_path=str(path))
+    model = load_model_folder(path, tokenizer, 0.0, 0, lambda text: None)
+    # check_available: torch built for CUDA names it also where there is no driver.
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return model.to(device).eval(), tokenizer

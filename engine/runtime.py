@@ -1,0 +1,220 @@
+"""Where and how a run computes: its device, its precision, its ranks, and the signals it gets."""
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list
+from torch.distributed.fsdp import CPUOffloadPolicy
+from tqdm import tqdm
+
+
+@dataclass
+class Runtime:
+    """A device and a precision, and this process's place among the ranks.
+
+    dtype: of matrix products under autocast; None: fp32. scaler: of fp16's loss, otherwise
+    disabled. accelerator: None where nothing is distributed.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+    accelerator: Accelerator | None = None
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str):
+        """Print on the first rank alone, above a progress bar and unbuffered."""
+        if self.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    # --- one micro-batch ---
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def backward(self, loss: torch.Tensor):
+        # Distributed training averages the ranks' gradients. Times their number is their sum.
+        self.scaler.scale(loss * self.world).backward()
+
+    def accumulate(self, model, micro_batches: list[dict]) -> Iterator[dict]:
+        """The micro-batches on the device. Ranks exchange gradients with the last one only."""
+        for index, batch in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            alone = is_last or self.accelerator is None
+            with contextlib.nullcontext() if alone else self.accelerator.no_sync(model):
+                yield self.to_device(batch)
+
+    def to_device(self, batch: dict) -> dict:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def seed(self, seed: int, step: int):
+        """Make the randomness of a step (dropout) a function of (seed, step, rank) alone.
+
+        A resumed run needs no generator states, and validation and samples cannot disturb it.
+        """
+        # torch takes 64 bits. With a seed such as a date, 20240607, the product has more.
+        torch.manual_seed(((seed * 1_000_003 + step - 1) * 1_000_003 + self.rank) % 2**64)
+
+    # --- all ranks: every rank must make these calls ---
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.world == 1 else self.accelerator.reduce(tensor, reduction="sum")
+
+    def any(self, flag: bool) -> bool:
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag), device=self.device)))
+
+    def all(self, flag: bool) -> bool:
+        return not self.any(not flag)
+
+    def from_main(self, value):
+        """The first rank's value."""
+        if self.world == 1:
+            return value
+        values = [value]
+        broadcast_object_list(values)
+        return values[0]
+
+    def main_first(self):
+        """The first rank runs the block, then the others: they find its caches."""
+        return (
+            self.accelerator.main_process_first() if self.accelerator else contextlib.nullcontext()
+        )
+
+    def wait(self):
+        if self.accelerator:
+            self.accelerator.wait_for_everyone()
+
+
+def start(mixed_precision: str, seed: int) -> Runtime:
+    """Set up the device, the ranks and the precision of a run, and seed every generator.
+
+    Raises:
+        ValueError: accelerate's launcher or the precision is set to what cannot be done here.
+    """
+    accelerator = make_accelerator()
+    device, rank = accelerator.device, accelerator.process_index
+    dtype = choose_dtype(mixed_precision, device, has_native_bf16())
+    world = accelerator.num_processes
+    rt = make_runtime(dtype, device, accelerator=accelerator, rank=rank, world=world)
+    if mixed_precision == "fp16" and dtype is not torch.float16:
+        name = "bf16" if dtype else "fp32"
+        rt.say(f"mixed_precision fp16 is emulated on a {device.type}, and slow: using {name} here.")
+    seed_everything(seed)
+    return rt
+
+
+def make_runtime(dtype: torch.dtype | None, device: torch.device, **place) -> Runtime:
+    """A runtime whose scaler fits its dtype: fp16 has one that works."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    return Runtime(device, dtype, scaler, **place)
+
+
+def choose_dtype(
+    mixed_precision: str, device: torch.device, native_bf16: bool
+) -> torch.dtype | None:
+    """What `mixed_precision` can mean on this device. native_bf16: whether a CPU computes in it."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[mixed_precision]
+    if device.type != "cuda" and dtype is torch.float16:
+        return torch.bfloat16 if native_bf16 else None
+    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ValueError('This GPU has no bf16: set mixed_precision to "fp16".')
+    return dtype
+
+
+def has_native_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def seed_everything(seed: int):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def make_accelerator() -> Accelerator:
+    """Raises ValueError when accelerate's launcher is set to what these scripts cannot do."""
+    # Stated, because otherwise torchrun on a CPU would not distribute.
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        keep_freed_memory()
+    # Every rank reads the weights it starts from. transformers would leave all ranks but the first
+    # without weights.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # The loops spell out precision and accumulation. Accelerate places and distributes.
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
+    check_launcher(accelerator)
+    transformers.utils.logging.disable_progress_bar()
+    return accelerator
+
+
+def check_launcher(accelerator: Accelerator):
+    kind = accelerator.distributed_type
+    known = not kind.startswith(("DEEPSPEED", "MEGATRON"))
+    if kind == DistributedType.FSDP:
+        offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+        known = accelerator.is_fsdp2 and not offloads
+    if not known:
+        raise ValueError(
+            f"accelerate is configured for {kind.value} in a way that these scripts do not know: "
+            "start them with torchrun, or set fsdp_version 2 without fsdp_offload_params."
+        )
+
+
+def keep_freed_memory():
+    """Let malloc use large freed memory again. By default it maps and zeroes new pages each time.
+
+    On a CPU the new pages cost as much as the elementwise operations. Only glibc has these knobs.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def compile_blocks(model, torch_compile, device: torch.device):
+    """torch.compile each block: 5 s, the whole model takes 20 s. "auto": on CUDA only."""
+    if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
+        for block in model.model.layers:
+            block.compile()
+
+
+class StopSignal:
+    """SIGINT (Ctrl-C) and SIGTERM ask the loop to finish its step. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):  # only the main thread may install a handler
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number, frame):
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
