@@ -1,4 +1,3 @@
-import math
 import signal
 import subprocess
 import sys
@@ -7,24 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny import (
+    after_step,
     assert_same_run,
     crash_after,
     logged,
+    no_training,
     pretrain_config,
     weights,
     write_jsonl,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_llm
-from engine import steps as training
 from engine.checkpoint import list_checkpoints
-from engine.report import read_metrics
-from engine.steps import NumericalError
+from engine.guards import NumericalError
+from engine.tracker import read_metrics
 from train_llm import train
 
-ROOT = Path(__file__).parent.parent
+
+def metrics_of(final) -> list[dict]:
+    return read_metrics(Path(final).parent / "metrics.jsonl")
 
 
 def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path, capsys):
@@ -46,16 +48,14 @@ def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path,
 
 
 @pytest.mark.parametrize("crash_at", [2, 5, 11])
-def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, monkeypatch, crash_at):
+def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, crash_at):
     for name in ("straight", "crashed"):
         (tmp_path / name).mkdir()
     changes = {"dropout": 0.1, "num_workers": 2, "num_epochs": 4}
     changes["optimizer"] = "muon" if crash_at == 5 else "adamw"
     straight = train(wandb_config=pretrain_config(tmp_path / "straight", **changes))
-    with monkeypatch.context() as patch:
-        crash_after(patch, train_llm, crash_at)
-        with pytest.raises(InterruptedError):
-            train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
+    with crash_after(crash_at):
+        train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
     resumed = train(wandb_config=pretrain_config(tmp_path / "crashed", **changes))
     assert len(list((tmp_path / "crashed/checkpoints/pretrain").iterdir())) == 1
     assert_same_run(resumed, straight)
@@ -87,16 +87,9 @@ def test_a_killed_process_resumes_bit_equal(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_says_how_to_resume_and_exits_with_0(tmp_path, monkeypatch, capsys, number):
-    real = train_llm.optimizer_step
-
-    def step(*arguments):
-        signal.raise_signal(number)
-        return real(*arguments)
-
+def test_a_signal_saves_says_how_to_resume_and_exits_with_0(tmp_path, capsys, number):
     config = pretrain_config(tmp_path, eval_every=0, save_every=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(train_llm, "optimizer_step", step)
+    with after_step(1, lambda _: signal.raise_signal(number)):
         with pytest.raises(SystemExit) as stopped:
             train(wandb_config=config, run_name="run")
     assert stopped.value.code == 0
@@ -126,80 +119,51 @@ def test_many_small_micro_batches_train_as_one_big_batch(tmp_path):
 
 def test_a_mixture_of_experts_trains_and_logs_its_balance(tmp_path):
     final = train(wandb_config=pretrain_config(tmp_path, use_moe=True, moe_d_ff=16))
-    first = read_metrics(Path(final).parent / "metrics.jsonl")[0]
+    first = metrics_of(final)[0]
     assert first["train/aux_loss"] >= 0.99
     assert 0.25 <= first["train/max_expert_load"] <= 1
     assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "Qwen3MoeForCausalLM"
 
 
-def scales(final) -> list[float]:
-    metrics = read_metrics(Path(final).parent / "metrics.jsonl")
-    return [m["train/loss_scale"] for m in metrics if "train/loss_scale" in m]
+def test_micro_batches_log_the_experts_balance_of_the_whole_step(tmp_path):
+    def balance(batch_size: int, micro_batches: int) -> list[float]:
+        changes = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
+        changes |= {"use_moe": True, "moe_d_ff": 16, "eval_every": 0}
+        output = str(tmp_path / f"of_{micro_batches}")
+        final = train(wandb_config=pretrain_config(tmp_path, **changes, output_dir=output))
+        names = ("train/aux_loss", "train/max_expert_load")
+        return [m[name] for m in metrics_of(final) if "train/loss" in m for name in names]
+
+    whole, halves = balance(8, 1), balance(4, 2)
+    assert len(whole) == len(halves) > 6
+    assert halves == pytest.approx(whole, abs=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(
-    tmp_path, monkeypatch, optimizer
-):
-    def fp16(mixed_precision, device, say):
-        precision = training.make_precision(torch.float16, device)
-        precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
-        return precision
-
-    monkeypatch.setattr(train_llm, "choose_precision", fp16)
-    norms = {}
-    real = train_llm.optimizer_step
-
-    def step(model, *arguments):
-        before = [p.detach().clone() for p in model.parameters()]
-        norm = real(model, *arguments)
-        unchanged = all(map(torch.equal, before, model.parameters()))
-        norms[len(norms)] = (float(norm), unchanged)
-        return norm
-
-    monkeypatch.setattr(train_llm, "optimizer_step", step)
-    config = pretrain_config(
-        tmp_path, num_epochs=1, batch_size=8, save_every=2, optimizer=optimizer
-    )
-    final = train(wandb_config=config)
-    skipped = [unchanged for norm, unchanged in norms.values() if not math.isfinite(norm)]
-    assert skipped, "a scale of 2^20 overflows fp16 at first"
-    assert all(skipped)
-    assert not all(unchanged for norm, unchanged in norms.values()), "and then trains"
-    expected = scales(final)
-    (tmp_path / "again").mkdir()
-    config = config | {"output_dir": str(tmp_path / "again")}
-    with monkeypatch.context() as patch:
-        crash_after(patch, train_llm, 3)
-        with pytest.raises(InterruptedError):
-            train(wandb_config=config)
-    resumed = train(wandb_config=config)
-    assert_same_run(resumed, final)
-    assert scales(resumed) == expected
+def test_the_learning_rate_of_each_optimizer_is_logged(tmp_path, optimizer):
+    changes = {"optimizer": optimizer, "learning_rate": 1e-3, "muon_learning_rate": 1e-2}
+    changes |= {"warmup_ratio": 0.5, "max_steps": 4}
+    metrics = metrics_of(train(wandb_config=pretrain_config(tmp_path, **changes)))
+    trained = [m for m in metrics if "train/loss" in m]
+    assert [m["train/learning_rate"] for m in trained[:2]] == pytest.approx([5e-4, 1e-3])
+    rates = [m.get("train/muon_learning_rate") for m in trained[:2]]
+    assert rates == ([None, None] if optimizer == "adamw" else pytest.approx([5e-3, 1e-2]))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
-    tmp_path, monkeypatch
-):
-    real = train_llm.optimizer_step
-    steps = []
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
+    def ruin(optimizer):
+        torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], float("nan"))
 
-    def ruin(model, *arguments):
-        steps.append(real(model, *arguments))
-        if len(steps) == 6:
-            torch.nn.init.constant_(model.lm_head.weight, float("nan"))
-        return steps[-1]
-
-    monkeypatch.setattr(train_llm, "optimizer_step", ruin)
-    with pytest.raises(NumericalError, match=r"step 7: the loss is nan .*step_00000004"):
+    found = r"step 7: the loss is nan .*step_00000004"
+    with after_step(6, ruin), pytest.raises(NumericalError, match=found):
         train(wandb_config=pretrain_config(tmp_path))
 
 
-def test_a_finished_run_is_returned_and_not_trained_again(tmp_path, monkeypatch):
+def test_a_finished_run_is_returned_and_not_trained_again(tmp_path):
     config = pretrain_config(tmp_path)
     final = train(wandb_config=config, run_name="run")
-    crash_after(monkeypatch, train_llm, 1)
-    assert train(wandb_config=config, run_name="run") == final
+    with no_training():
+        assert train(wandb_config=config, run_name="run") == final
 
 
 def test_init_from_continues_with_another_models_weights_and_tokenizer(tmp_path, capsys):
@@ -231,9 +195,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_clear_error_before_training(tmp_path, monkeypatch, changes, message):
-    crash_after(monkeypatch, train_llm, 1)
-    with pytest.raises(ValueError, match=message):
+def test_bad_input_is_one_clear_error_before_training(tmp_path, changes, message):
+    with no_training(), pytest.raises(ValueError, match=message):
         train(wandb_config=pretrain_config(tmp_path) | changes)
 
 
