@@ -11,6 +11,7 @@ ends a reply, not the program; /clear forgets the conversation; Ctrl-D or /exit 
 
 import argparse
 import importlib.util
+import io
 import signal
 import subprocess
 import sys
@@ -209,8 +210,9 @@ def run(arguments: argparse.Namespace):
 
 
 def main():
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    sys.stdout.reconfigure(encoding="utf-8")
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         run(parse())
     except (ValueError, OSError) as error:

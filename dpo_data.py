@@ -155,7 +155,7 @@ def _write_pairs(path: str, tokenizer, max_length: int, folder: Path, split):
     ):
         writers = {"train": train, "validation": validation}
         while batch := list(islice(pairs, BATCH)):
-            rows = {name: [] for name in writers}
+            rows: dict[str, list[dict]] = {name: [] for name in writers}
             rendered = render([[*p, reply(c), reply(r)] for p, c, r in batch])
             for (prompt, _, _), turns in zip(batch, rendered, strict=True):
                 columns = _encode_pair(turns, max_length, counts)

@@ -141,7 +141,7 @@ def train_dpo(
     model = model_folder.load_model_folder(
         config["init_from"], tokenizer, config["dropout"], config["max_length"], rt.say
     )
-    model.to(rt.device).train()
+    rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     optimizers = optim.build(model, config)
     trial = (trial_step(config), collate.full_batch)  # what a memory test runs
@@ -180,7 +180,7 @@ def train_dpo(
             rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
             rt.seed(config["seed"], step)
 
-            totals = Counter()
+            totals: Counter = Counter()
             for batch in rt.accumulate(scorer, micro_batches):
                 totals.update(forward_backward(scorer, batch, num_pairs, rt, config))
             grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])
@@ -230,9 +230,7 @@ def train_dpo(
     return str(run.final)
 
 
-def forward_backward(
-    scorer, batch: dict, num_pairs: int, rt: runtime.Runtime, config: dict
-) -> dict:
+def forward_backward(scorer, batch: dict, num_pairs: int, rt: runtime.Runtime, config: dict):
     """Gradients of one micro-batch. Returns detached sums, so that its graph is freed here."""
     with rt.autocast():
         logps = scorer(**batch)
@@ -243,7 +241,11 @@ def forward_backward(
 
 def trial_step(config: dict):
     """forward_backward of a bare model, for those who count its memory."""
-    return lambda model, *rest: forward_backward(preference.AnswerScorer(model), *rest, config)
+
+    def run(model, batch: dict, num_pairs: int, rt: runtime.Runtime) -> dict:
+        return forward_backward(preference.AnswerScorer(model), batch, num_pairs, rt, config)
+
+    return run
 
 
 def pair_losses(logps: torch.Tensor, batch: dict, config: dict) -> tuple[torch.Tensor, dict]:
@@ -252,16 +254,19 @@ def pair_losses(logps: torch.Tensor, batch: dict, config: dict) -> tuple[torch.T
     policy, reference = logps.view(-1, 2), batch["reference_logps"].view(-1, 2)
     if config["length_normalized"]:
         policy, reference = policy / lengths, reference / lengths
-    losses, *rewards = preference_losses(
-        *policy.unbind(1),
-        *reference.unbind(1),
+    chosen_logps, rejected_logps = policy.unbind(1)
+    losses, chosen_rewards, rejected_rewards = preference_losses(
+        chosen_logps,
+        rejected_logps,
+        reference[:, 0],
+        reference[:, 1],
         config["beta"],
         config["loss_type"],
         config["label_smoothing"],
     )
     if config["rpo_alpha"]:  # Pang et al. 2024 (arXiv 2404.19733): likelihood of the chosen answer
         losses = losses - config["rpo_alpha"] * logps[::2] / lengths[:, 0]
-    return losses, preference.pair_sums(losses, *rewards, logps, batch)
+    return losses, preference.pair_sums(losses, chosen_rewards, rejected_rewards, logps, batch)
 
 
 def preference_losses(
@@ -301,11 +306,16 @@ def dpo_loss(
     beta: float = 0.1,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """preference_losses, with its options, the losses averaged over the pairs to a scalar."""
-    policy = (policy_chosen_logps, policy_rejected_logps)
-    reference = (reference_chosen_logps, reference_rejected_logps)
-    losses, *rewards = preference_losses(*policy, *reference, beta, **options)
-    return losses.mean(), *rewards
+    """preference_losses with its options; the losses averaged over the pairs to a scalar."""
+    losses, chosen_rewards, rejected_rewards = preference_losses(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        beta,
+        **options,
+    )
+    return losses.mean(), chosen_rewards, rejected_rewards
 
 
 def check_loss_options(config: dict):

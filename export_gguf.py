@@ -44,7 +44,8 @@ OTHERS = {
 
 def gguf_tensors(model) -> dict[str, torch.Tensor]:
     """llama.cpp's names and tensors; a layer's experts are stacked to (experts, out, in)."""
-    tensors, experts = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue  # llama.cpp uses the embedding when there is none

@@ -9,8 +9,8 @@ checkpoint: `AutoModelForCausalLM.from_pretrained(folder)` gives equal logits wi
     loss              fp32 cross entropy summed over targets; all logits are never in memory at once
     init              normal(0, 0.02); projections into the residual stream / sqrt(2 * n_layers)
 
-Operations that have a faster form than plain PyTorch are called through `backend`, a value of
-kernels.Backend. kernels.REFERENCE runs the whole model in plain PyTorch.
+Operations with a faster form are called through `backend`, a value of kernels.Backend.
+kernels.REFERENCE runs the whole model in plain PyTorch.
 """
 
 from dataclasses import dataclass
@@ -47,6 +47,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
         return backend.rms_norm(x, self.weight, self.eps)
+
+
+class ResidualLinear(nn.Linear):
+    """A projection into the residual stream: only its initialisation differs."""
 
 
 def rope_cos_sin(
@@ -93,17 +97,15 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(config.d_model, q_size, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.d_model, bias=False)
-        self.o_proj.writes_residual = True
+        self.o_proj = ResidualLinear(q_size, config.d_model, bias=False)
         # QK-norm bounds the attention logits: without it fp16 can overflow in q @ k.
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x, cos, sin, attention_mask, cache, backend: Backend) -> torch.Tensor:
-        split = {"pattern": "b s (h d) -> b h s d", "d": self.head_dim}
-        q = rearrange(self.q_proj(x), **split)  # (batch, heads, seq, head_dim)
-        k = rearrange(self.k_proj(x), **split)  # (batch, kv_heads, seq, head_dim)
-        v = rearrange(self.v_proj(x), **split)
+        projected = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        # (batch, heads or kv_heads, seq, head_dim)
+        q, k, v = (rearrange(y, "b s (h d) -> b h s d", d=self.head_dim) for y in projected)
         q = backend.norm_and_rotate(q, self.q_norm.weight, cos, sin, self.q_norm.eps)
         k = backend.norm_and_rotate(k, self.k_norm.weight, cos, sin, self.k_norm.eps)
         if cache is not None:
@@ -119,8 +121,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
         self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
-        self.down_proj.writes_residual = True
+        self.down_proj = ResidualLinear(d_ff, d_model, bias=False)
 
     def forward(self, x: torch.Tensor, backend: Backend) -> torch.Tensor:
         return backend.swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
@@ -247,6 +248,7 @@ class Backbone(nn.Module):
 class CustomLLM(PreTrainedModel, GenerationMixin):
     """Backbone and output head, with Hugging Face's loading, saving and generation."""
 
+    config: CustomLLMConfig
     config_class = CustomLLMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -263,7 +265,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module):
         std = self.config.initializer_range
         if isinstance(module, nn.Linear | nn.Embedding):
-            if getattr(module, "writes_residual", False):
+            if isinstance(module, ResidualLinear):
                 std /= (2 * self.config.n_layers) ** 0.5  # GPT-2: keeps the stream's variance level
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, RMSNorm):
@@ -340,10 +342,8 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         num_targets = (targets != IGNORE_INDEX).sum()
         if num_items_in_batch is None:
             num_items_in_batch = num_targets.clamp(min=1)
-        hidden = rearrange(hidden, "b s d -> (b s) d")
-        backend = self.backend
-        loss = backend.cross_entropy(hidden, self.lm_head.weight, targets.flatten(), backend.chunks)
-        loss = loss / num_items_in_batch
+        inputs = hidden.flatten(0, 1), self.lm_head.weight, targets.flatten()
+        loss = self.backend.cross_entropy(*inputs, self.backend.chunks) / num_items_in_batch
         if aux_loss is not None and self.training:
             share = num_targets / num_items_in_batch
             loss = loss + self.config.router_aux_loss_coef * aux_loss * share

@@ -37,12 +37,12 @@ class Stage:
     script: str
     train: Callable
     defaults: dict
-    stage_before: str | None  # whose finished run it starts from
+    stage_before: str  # whose finished run it starts from; "": none
     length_key: str
     reference_share: float  # FLOPs of a reference model, as a share of training's
 
 
-PRETRAIN = Stage("train_llm.py", train_llm.train, train_llm.DEFAULTS, None, "max_seq_len", 0.0)
+PRETRAIN = Stage("train_llm.py", train_llm.train, train_llm.DEFAULTS, "", "max_seq_len", 0.0)
 SFT = Stage("sft_train.py", sft_train.train_sft, sft_train.DEFAULTS, "pretrain", "max_length", 0.0)
 DPO = Stage("dpo_train.py", dpo_train.train_dpo, dpo_train.DEFAULTS, "sft", "max_length", 1 / 3)
 STAGES = {stage.script: stage for stage in (PRETRAIN, SFT, DPO)}
@@ -69,7 +69,7 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     try:
         folder = config["init_from"] or runs.find_final(config["output_dir"], stage.stage_before)
     except ValueError:
-        shape = train_llm.wandb_config
+        shape: dict = train_llm.wandb_config
         found = train_llm.make_model_config(shape, shape["vocab_size"])
         source = f"train_llm.py's wandb_config (no finished {stage.stage_before} run)"
         return config, found, source

@@ -99,7 +99,7 @@ def _write_rows(path: str, tokenizer, max_length: int, folder: Path, split):
     ):
         writers = {"train": train, "validation": validation}
         while batch := list(islice(examples, BATCH)):
-            encoded = {name: [] for name in writers}  # (ids, mask) of each conversation
+            encoded: dict[str, list] = {name: [] for name in writers}  # (ids, mask) of each
             for messages, turns in zip(batch, renderer.render(batch), strict=True):
                 counts["replies cut"] += truncate(turns, max_length)
                 ids, mask = flatten(turns)
@@ -122,7 +122,9 @@ def _pack(encoded: list[tuple], max_length: int, counts: Counter) -> pa.RecordBa
     rows = best_fit([len(ids) for ids, _ in encoded], max_length)
     columns: dict[str, list[list[int]]] = {name: [] for name in SCHEMA.names}
     for row in rows:
-        labels, input_ids, position_ids = [], [], []
+        labels: list[int] = []
+        input_ids: list[int] = []
+        position_ids: list[int] = []
         for ids, mask in (encoded[index] for index in row):
             input_ids += ids
             position_ids += range(len(ids))
@@ -154,7 +156,8 @@ def inspect(rows: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]
     for row in islice(rows, count):
         targets = sum(label != IGNORE_INDEX for label in row["labels"])
         yield f"--- a row of {len(row['input_ids'])} tokens, {targets} of them targets"
-        text, run, was_target = "", [], False
+        text, was_target = "", False
+        run: list[int] = []
         tokens = zip(row["input_ids"], row["labels"], row["position_ids"], strict=True)
         for token, label, position in [*tokens, (None, IGNORE_INDEX, 0)]:
             is_target = label != IGNORE_INDEX

@@ -128,7 +128,7 @@ def train_sft(
     model = model_folder.load_model_folder(
         config["init_from"], tokenizer, config["dropout"], config["max_length"], rt.say
     )
-    model.to(rt.device).train()
+    rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     optimizers = optim.build(model, config)
     trial = (forward_backward, collate.full_batch)  # what a memory test runs
@@ -163,7 +163,7 @@ def train_sft(
             rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
             rt.seed(config["seed"], step)
 
-            totals = Counter()
+            totals: Counter = Counter()
             for batch in rt.accumulate(parallel_model, micro_batches):
                 totals.update(forward_backward(parallel_model, batch, num_targets, rt))
             grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])

@@ -171,7 +171,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """UTF-8 bytes of text behind each token id, int64 (len(tokenizer),); special tokens: 0."""
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and "ByteLevel" in repr(backend.decoder):
         lengths = [len(token) for token in tokens]  # one printable character stands for each byte
@@ -181,7 +181,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
             for token in tokens
         ]
     else:
-        lengths = [len(tokenizer.decode([i]).encode()) for i in range(len(tokens))]
+        lengths = [len(str(tokenizer.decode([i])).encode()) for i in range(len(tokens))]
     for index, added in tokenizer.added_tokens_decoder.items():
         lengths[index] = 0 if added.special else len(added.content.encode())
     for index in tokenizer.all_special_ids:

@@ -123,7 +123,7 @@ def train(
         )
     else:
         model = CustomLLM(make_model_config(config, len(tokenizer)))
-    model.to(rt.device).train()
+    rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     optimizers = optim.build(model, config)
     trial = (forward_backward, collate.full_batch)  # what a memory test runs
@@ -157,7 +157,7 @@ def train(
             rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
             rt.seed(config["seed"], step)
 
-            totals = Counter()
+            totals: Counter = Counter()
             for batch in rt.accumulate(parallel_model, micro_batches):
                 totals.update(forward_backward(parallel_model, batch, num_targets, rt))
             grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])
@@ -209,9 +209,9 @@ def forward_backward(model, batch: dict, num_targets: int, rt: runtime.Runtime) 
 
 def make_model_config(config: dict, vocab_size: int) -> CustomLLMConfig:
     """The vocabulary is padded to a multiple of 64, which makes a GPU's matrix products faster."""
-    names = ("d_model", "n_heads", "n_kv_heads", "n_layers", "d_ff", "max_seq_len", "dropout")
-    names += ("use_moe", "num_experts", "top_k", "moe_d_ff")
-    return CustomLLMConfig(-(-vocab_size // 64) * 64, **{name: config[name] for name in names})
+    names = "d_model n_heads n_kv_heads n_layers d_ff max_seq_len dropout use_moe num_experts top_k"
+    sizes = {name: config[name] for name in (*names.split(), "moe_d_ff")}
+    return CustomLLMConfig(-(-vocab_size // 64) * 64, **sizes)
 
 
 def main():

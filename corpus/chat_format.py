@@ -138,7 +138,8 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.start, self.stop = tokenizer.convert_tokens_to_ids([IM_START, IM_END])
+        self.start = tokenizer.convert_tokens_to_ids(IM_START)
+        self.stop = tokenizer.convert_tokens_to_ids(IM_END)
         plain = encode_plain(tokenizer, ["\n", *(f"{role}\n" for role in set(ROLES.values()))])
         self.newline = plain[0]
         self.headers = dict(zip(set(ROLES.values()), plain[1:], strict=True))
@@ -157,7 +158,7 @@ class Renderer:
 def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A question rendered up to where the answer begins."""
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 def flatten(turns: list[Turn]) -> tuple[list[int], list[bool]]:

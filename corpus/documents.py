@@ -38,7 +38,8 @@ class SeenHashes:
     """64-bit hashes, 8 bytes each: the newest in a set, the others in one sorted array."""
 
     def __init__(self, newest: int = 2**16):
-        self.limit, self.newest = newest, set()
+        self.limit = newest
+        self.newest: set[int] = set()
         self.sorted = np.empty(0, np.uint64)
 
     def add(self, digest: int) -> bool:

@@ -114,7 +114,7 @@ class PackedCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         shape = (max(len(rows), 1), self.max_seq_len)
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "position_ids": np.zeros(shape, dtype=np.int64),
             "labels": np.full(shape, IGNORE_INDEX, dtype=np.int64),

@@ -9,6 +9,7 @@ import lzma
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 
@@ -63,7 +64,7 @@ def find_files(dataset: str) -> list[Path]:
     return found
 
 
-def iter_records(path: Path) -> Iterator[tuple[int, object]]:
+def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of one file: JSON values, parquet rows as dicts, paragraphs of text as str.
 
     A line counts from 1; for parquet it is the row, for a .json array the element.
@@ -86,7 +87,7 @@ def iter_records(path: Path) -> Iterator[tuple[int, object]]:
 
 def _open(path: Path):
     if path.suffix != ".zst":
-        openers = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
         return openers.get(path.suffix, open)(path, "rb")
     try:  # not zstandard: it takes a file that was cut short for a whole one
         name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"

@@ -62,7 +62,8 @@ def _drop_old(folder: Path, keep: int):
         value = json.loads((path / "state.json").read_text()).get("val_loss")
         if value is not None:
             losses[path] = value
-    kept = set(checkpoints[-keep:]) | ({min(losses, key=losses.get)} if losses else set())
+    best = min(losses, key=lambda path: losses[path], default=None)
+    kept = {best, *checkpoints[-keep:]}
     for path in set(checkpoints) - kept:
         doomed = path.with_name(path.name + ".tmp")  # half deleted, it must not look whole
         os.replace(path, doomed)

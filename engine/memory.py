@@ -51,7 +51,7 @@ def checkpoint_activations(model, level):
 class PeakBytes(TorchDispatchMode):
     """The most bytes of tensors alive at once: MemTracker's total, faster, without categories."""
 
-    def __init__(self, *alive: torch.Tensor):
+    def __init__(self, *alive):
         super().__init__()
         self.alive = self.peak = 0
         self.known = WeakIdKeyDictionary()  # storages: a view shares its base's

@@ -53,4 +53,6 @@ def open_model_folder(path: str):
     model = load_model_folder(path, tokenizer, 0.0, 0, lambda text: None)
     # check_available: torch built for CUDA names it also where there is no driver.
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return model.to(device).eval(), tokenizer
+    module: torch.nn.Module = model.eval()
+    module.to(device)
+    return model, tokenizer

@@ -1,5 +1,6 @@
 """curves.png: the numbers of a run in one picture, drawn from its metrics.jsonl."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.tracker import read_metrics
@@ -21,7 +22,7 @@ PREFERENCE_PANELS = [
 SMOOTHING = 0.9  # of the exponential moving average over a noisy curve
 
 
-def smooth(values: list[float]) -> list[float]:
+def smooth(values: Sequence[float]) -> list[float]:
     """Exponential moving average without the bias towards its start (as Adam corrects it)."""
     smoothed, average, weight = [], 0.0, 0.0
     for value in values:

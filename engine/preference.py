@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -121,13 +122,12 @@ def validate(scorer, loader, rt: Runtime, pair_losses) -> dict[str, float]:
     pair_losses: (logps, batch) -> (losses (pairs,), pair_sums).
     """
     scorer.eval()
-    totals = None
+    totals: Counter = Counter()
     for batch in loader:
         batch = rt.to_device(batch)
         with rt.autocast():
             logps = scorer(**batch)
-        sums = pair_losses(logps, batch)[1]
-        totals = sums if totals is None else {name: totals[name] + sums[name] for name in sums}
+        totals.update(pair_losses(logps, batch)[1])
     scorer.train()
     return pair_metrics(totals, rt, prefix="val/")
 
@@ -152,7 +152,8 @@ def add_reference_logps(
     with cache_lock(Path(cache_dir)):
         if not folder.exists():
             rt.say(f"Computing the reference's log-probabilities with {path} …")
-            model = load_model_folder(path, tokenizer, 0.0, 0, rt.say).to(rt.device).eval()
+            model = load_model_folder(path, tokenizer, 0.0, 0, rt.say).eval()
+            rt.place(model)
             scorer = AnswerScorer(model)
             with atomic_folder(folder) as temporary:
                 for split, pairs in splits.items():

@@ -19,12 +19,13 @@ class Log:
     On other ranks than the first it counts and writes nothing.
     """
 
+    bar: tqdm
+
     def __init__(self, run, project_name, config, rt: Runtime, model, loader: StepLoader, tokens):
         self.rt, self.folder, self.total_steps = rt, run.folder, loader.total_steps
         self.tracker = Tracker(run, project_name, config) if rt.is_main else None
         self.meter = Meter(model, loader.start_step, loader.total_steps, tokens, rt.device)
         self.paused = self.meter.paused
-        self.bar = None
 
     def __enter__(self):
         hidden = not (self.rt.is_main and sys.stderr.isatty())

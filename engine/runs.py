@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from engine import checkpoint
 from engine.disk import write_whole
@@ -42,7 +42,7 @@ class Run:
     folder: Path
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)
-    lock: FileLock | None = None
+    lock: BaseFileLock | None = None
 
     @property
     def final(self) -> Path:
@@ -84,13 +84,14 @@ def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
         _check_may_take(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     # A singleton: a call after a failed one in the same process may take the lock again.
-    run = Run(folder, lock=FileLock(folder.resolve() / ".lock", is_singleton=True))
+    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
     try:
-        run.lock.acquire(timeout=0)
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise RunError(
             f"{folder} is in use by another run: wait for it, or choose another run_name."
         ) from error
+    run = Run(folder, lock=lock)
     if run.final.exists():
         return run
     for stale in folder.glob("*.tmp"):

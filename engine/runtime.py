@@ -56,9 +56,14 @@ class Runtime:
         """The micro-batches on the device. Ranks exchange gradients with the last one only."""
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
-            alone = is_last or self.accelerator is None
-            with contextlib.nullcontext() if alone else self.accelerator.no_sync(model):
+            with contextlib.ExitStack() as stack:
+                if self.accelerator is not None and not is_last:
+                    stack.enter_context(self.accelerator.no_sync(model))
                 yield self.to_device(batch)
+
+    def place(self, module: torch.nn.Module):
+        """Move a model to the device."""
+        module.to(self.device)
 
     def to_device(self, batch: dict) -> dict:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -74,7 +79,9 @@ class Runtime:
     # --- all ranks: every rank must make these calls ---
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.world == 1 else self.accelerator.reduce(tensor, reduction="sum")
+        if self.accelerator is None or self.world == 1:
+            return tensor
+        return self.accelerator.reduce(tensor, reduction="sum")
 
     def any(self, flag: bool) -> bool:
         if self.world == 1:

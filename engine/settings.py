@@ -113,7 +113,7 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(stage_function, defaults: dict) -> argparse.ArgumentParser:
     """Options for every key of a script's wandb_config and the stage function's own arguments."""
-    module = inspect.getmodule(stage_function)
+    module = sys.modules[stage_function.__module__]
     parser = _Parser(
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

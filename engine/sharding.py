@@ -17,9 +17,9 @@ def distribute(rt: Runtime, module, blocks, optimizers):
 
     blocks: the parts whose shards are gathered one part at a time, just before it computes.
     """
-    if rt.world == 1:
-        return module
     accelerator = rt.accelerator
+    if accelerator is None or rt.world == 1:
+        return module
     if accelerator.distributed_type != DistributedType.FSDP:
         return accelerator.prepare(module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}

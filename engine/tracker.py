@@ -4,6 +4,7 @@ import json
 import netrc
 import os
 from pathlib import Path
+from typing import Any
 
 from engine.disk import explain_full_disk, write_whole
 
@@ -16,7 +17,8 @@ class Tracker:
 
     def __init__(self, run, project_name: str, config: dict):
         self.path = run.folder / "metrics.jsonl"
-        self.wandb_id, self.wandb = run.state.get("wandb_id"), None
+        self.wandb_id: str | None = run.state.get("wandb_id")
+        self.wandb: Any = None
         step = run.state.get("step", -1)  # without a checkpoint step 0 comes again too
         kept = [m for m in read_metrics(self.path) if m["step"] <= step]
         write_whole(self.path, "".join(json.dumps(m, ensure_ascii=False) + "\n" for m in kept))
@@ -33,7 +35,7 @@ class Tracker:
             "id": self.wandb_id,
             "resume": "allow" if self.wandb_id else None,
         }
-        mode = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if is_logged_in() else "offline")
         settings = wandb.Settings(silent=True, init_timeout=20)
         try:
             self.wandb = wandb.init(mode=mode, settings=settings, **options)

@@ -18,7 +18,7 @@ The tiled kernel is two torch custom operators: torch.compile and checkpointing 
 """
 
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -190,7 +190,7 @@ def attend_on_gpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) 
     q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
     bounds, longest = (attention_mask, attention_mask), (seq, seq)  # of queries, of keys
     x = varlen_attn(q, k, v, *bounds, *longest, window_size=(-1, 0), enable_gqa=is_grouped)
-    return rearrange(x, "(b s) h d -> b h s d", s=seq)
+    return rearrange(cast(torch.Tensor, x), "(b s) h d -> b h s d", s=seq)
 
 
 def reference_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:

@@ -77,8 +77,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(hidden)
         head = weight.to(dtype)  # (vocab, d_model), cast once for all chunks
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        grad_hidden = torch.zeros_like(hidden if needs_grad else hidden[:0])
+        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
         size = chunks.tokens(weight.shape[0])
         for start in range(0, len(targets) if kept is None else len(kept), size):
             part = slice(start, start + size) if kept is None else kept[start : start + size]

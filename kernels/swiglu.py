@@ -78,7 +78,8 @@ def tiled_swiglu_backward(
         grad_x[tile].addmm_(grad_up, up_weight)
         add_product(sums[0], grad_gate, x[tile])
         add_product(sums[1], grad_up, x[tile])
-    return grad_x, *(total.to(w.dtype) for total, w in zip(sums, weights, strict=True))
+    of_gate, of_up, of_down = (s.to(w.dtype) for s, w in zip(sums, weights, strict=True))
+    return grad_x, of_gate, of_up, of_down
 
 
 @tiled_swiglu.register_fake
@@ -109,10 +110,15 @@ def swiglu_on_cpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tenso
     adapter: an adapter must be called, not only its weight read.
     """
     layers = gate_proj, up_proj, down_proj
-    if torch.is_grad_enabled() and all(type(layer) is nn.Linear for layer in layers):
+    if torch.is_grad_enabled() and all(is_plain(layer) for layer in layers):
         tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # (tokens, d_model)
         return tiled_swiglu(tokens, *(layer.weight for layer in layers))[0].view(x.shape)
     return swiglu_on_gpu(x, *layers)
+
+
+def is_plain(layer) -> bool:
+    """Whether calling the layer does no more than multiply by its weight."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
 def swiglu_on_gpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tensor:
