@@ -138,8 +138,8 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.start = tokenizer.convert_tokens_to_ids(IM_START)
-        self.stop = tokenizer.convert_tokens_to_ids(IM_END)
+        vocabulary = tokenizer.get_vocab()
+        self.start, self.stop = vocabulary[IM_START], vocabulary[IM_END]
         plain = encode_plain(tokenizer, ["\n", *(f"{role}\n" for role in set(ROLES.values()))])
         self.newline = plain[0]
         self.headers = dict(zip(set(ROLES.values()), plain[1:], strict=True))
