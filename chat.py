@@ -1,6 +1,6 @@
 """Talk to a checkpoint in the terminal.
 
-    python chat.py                              the newest checkpoint of the furthest stage
+    python chat.py                              the newest model of the last stage
     python chat.py --prompt 红烧肉怎么做？        one answer, then exit
     python chat.py --compare A B --prompt …     two checkpoints side by side
     python chat.py --serve                      OpenAI's API on this machine (needs an extra)
@@ -34,7 +34,7 @@ class Chat:
     def __init__(self, folder: str, sampling: dict, seed: int | None, system: str | None):
         self.folder, self.sampling, self.seed = folder, sampling, seed
         self.model, self.tokenizer = open_model_folder(folder)
-        # Pre-training ends documents with another token than fine-tuning ends turns with.
+        # Pre-training ends documents with one token, fine-tuning ends turns with another.
         self.is_chat_model = self.tokenizer.eos_token == IM_END
         self.start = [{"role": "system", "content": system}] if system else []
         self.clear()
@@ -43,7 +43,7 @@ class Chat:
         self.messages = list(self.start)
 
     def prompt_ids(self, text: str) -> torch.Tensor:
-        """(1, tokens) that fit the window with the reply: the oldest turns are left out first."""
+        """(1, tokens) that fit into the context with the reply. The oldest turns are left out."""
         room = max(16, self.model.config.max_seq_len - self.sampling["max_new_tokens"])
         if not self.is_chat_model:
             return self.tokenizer(text, return_tensors="pt")["input_ids"][:, -room:]
@@ -59,7 +59,7 @@ class Chat:
 
     @torch.no_grad()
     def reply(self, text: str, streamer=None, stop=None) -> str:
-        """Answer (chat model) or continue (base model) text; the same for the same seed."""
+        """Answer (chat model) or continue (base model) a text. A seed gives the same reply."""
         input_ids = self.prompt_ids(text).to(self.model.device)
         if self.seed is not None:
             torch.manual_seed(self.seed)
@@ -77,7 +77,7 @@ class Chat:
 
 
 class StopOnInterrupt(StoppingCriteria):
-    """Ends generation after Ctrl-C, keeping what was said."""
+    """Ends generation after Ctrl-C. What was generated is kept."""
 
     def __init__(self):
         self.interrupted = False
@@ -87,7 +87,7 @@ class StopOnInterrupt(StoppingCriteria):
 
 
 def stream_reply(chat: Chat, text: str):
-    """Print a reply while it is made."""
+    """Print a reply while it is generated."""
     stop = StopOnInterrupt()
     previous = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "interrupted", True))
     try:
@@ -98,7 +98,7 @@ def stream_reply(chat: Chat, text: str):
 
 
 def converse(chat: Chat):
-    """Read lines until the end of input; from a pipe no prompt is shown."""
+    """Read lines until the input ends. A pipe gets no prompt."""
     interactive = sys.stdin.isatty()
     while True:
         if interactive:
@@ -152,7 +152,7 @@ def compare(chats: list[Chat], prompts):
 
 
 def serve(folder: str, port: int):
-    """transformers' own server, on the loopback address alone."""
+    """Run transformers' own server, on the loopback address only."""
     check_model_folder(folder)
     if importlib.util.find_spec("uvicorn") is None:
         raise ValueError('--serve needs `pip install "transformers[serving]"`.')
@@ -165,7 +165,7 @@ def serve(folder: str, port: int):
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Talk to a checkpoint.")
-    parser.add_argument("--model", help="folder; default: the newest of the furthest stage")
+    parser.add_argument("--model", help="folder; default: the newest of the last stage")
     parser.add_argument("--stage", choices=("pretrain", "sft", "dpo"))
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--compare", nargs=2, metavar="FOLDER")

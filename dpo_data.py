@@ -5,7 +5,7 @@
                                                   your SFT model's own answers as the rejected ones
 
 Both answers of a pair share one copy of the question: [question][chosen][rejected] in one row,
-where the rejected answer does not see the chosen one. That is exact, and saves the second copy.
+where the rejected answer does not see the chosen one. That is exact and saves the second copy.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
-BATCH = 4096  # pairs rendered at a time: bounds the memory
+BATCH = 4096  # pairs rendered at a time, which bounds the memory
 CACHE_VERSION = 2  # raise it when the rows made from the same pairs change
 IDS = pa.list_(pa.uint32())
 SCHEMA = pa.schema(
@@ -72,7 +72,7 @@ def prepare_dpo_data(
         end token) and chosen_bytes, the UTF-8 bytes of the chosen answer.
 
     Raises:
-        ValueError: naming the file, the line and the fix; or when no pair is left.
+        ValueError: bad data, or no pair is left; names the file, the line and the fix.
     """
     path = data_path or SAMPLE
     cache.check_max_length(max_length)
@@ -144,7 +144,7 @@ def _iter_pairs(path: str, counts: Counter) -> Iterator[tuple[list[dict], str, s
 
 
 def _write_pairs(path: str, tokenizer, max_length: int, folder: Path, split):
-    """As cache.cached_splits wants it: a pair's question decides its split."""
+    """Write the files of cache.cached_splits. A pair's question decides its split."""
     counts: Counter = Counter({"answers cut": 0})
     render = Renderer(tokenizer).render
     byte_lengths = token_byte_lengths(tokenizer)
@@ -256,7 +256,7 @@ PARTS = ("prompt", "chosen", "rejected")
 
 
 def inspect(pairs: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]:
-    """Decoded pairs; chosen in green, rejected in red (or in [ ])."""
+    """Decoded pairs, the chosen answer in green and the rejected one in red (or both in [ ])."""
     for pair in islice(pairs, count):
         yield f"--- {len(pair['prompt_ids'])} tokens of question" + "".join(
             f", {len(pair[f'{name}_ids'])} of {name} answer" for name in PARTS[1:]
@@ -272,7 +272,7 @@ def main():
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")
     parser.add_argument("--make_pairs", metavar="FILE", help="prompts with answers: make pairs")
     parser.add_argument("--output", default="pairs.jsonl", help="for --make_pairs")
-    parser.add_argument("--limit", type=int, help="for --make_pairs: at most so many prompts")
+    parser.add_argument("--limit", type=int, help="for --make_pairs: the largest number of prompts")
     parser.add_argument("--model", help="folder; default: the newest fine-tuned model")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")

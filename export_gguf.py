@@ -2,8 +2,8 @@
 
     python export_gguf.py checkpoints/dpo/…/final model.gguf --dtype q8_0
 
-Needs `pip install gguf`. llama.cpp's own converter refuses a tokenizer that it has never seen; here
-the split is known to be Qwen2's, so the file says so (`tokenizer.ggml.pre = qwen2`).
+Needs `pip install gguf`. llama.cpp's own converter refuses a tokenizer that it does not know. This
+one is known to split text as Qwen2's does, and the file says so (`tokenizer.ggml.pre = qwen2`).
 """
 
 import argparse
@@ -43,12 +43,12 @@ OTHERS = {
 
 
 def gguf_tensors(model) -> dict[str, torch.Tensor]:
-    """llama.cpp's names and tensors; a layer's experts are stacked to (experts, out, in)."""
+    """llama.cpp's names and tensors. A layer's experts are stacked to (experts, out, in)."""
     tensors: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue  # llama.cpp uses the embedding when there is none
+            continue  # without it llama.cpp uses the embedding
         if match := EXPERT.fullmatch(name):
             layer, expert, kind = match.groups()
             stacked = experts.setdefault(f"blk.{layer}.ffn_{kind}_exps.weight", {})
@@ -84,7 +84,7 @@ def write_tokenizer(writer, tokenizer, vocab_size: int):
     """Tokens, types, merges, special ids, chat template.
 
     Raises:
-        ValueError: the tokenizer is no byte-level BPE that splits text as Qwen2's does.
+        ValueError: the tokenizer is not a byte-level BPE that splits text as Qwen2's does.
     """
     import gguf
 
@@ -114,13 +114,13 @@ def write_tokenizer(writer, tokenizer, vocab_size: int):
     writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(IM_END))
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
-    # The markers around an assistant's words are Hugging Face's own; llama.cpp knows no such tag.
+    # The markers around an assistant's words are Hugging Face's. llama.cpp does not know them.
     template = re.sub(r"{%-? *(end)?generation *-?%}", "", tokenizer.chat_template)
     writer.add_chat_template(template)
 
 
 def as_numpy(name: str, tensor: torch.Tensor, dtype: str):
-    """(array, type): norms and the router stay f32, as llama.cpp wants them."""
+    """(array, type). llama.cpp needs norms and the router in f32."""
     import gguf
 
     array = tensor.detach().float().cpu().numpy()
@@ -133,10 +133,11 @@ def as_numpy(name: str, tensor: torch.Tensor, dtype: str):
 
 
 def export(folder: str, output: str, dtype: str = "f16") -> Path:
-    """Write `output` whole or not at all; returns its path.
+    """Write `output` whole or not at all. Returns its path.
 
     Raises:
-        ValueError: no model there, a tokenizer llama.cpp cannot know, or gguf is not installed.
+        ValueError: the folder has no model, llama.cpp cannot know its tokenizer, or gguf is not
+            installed.
     """
     try:
         import gguf

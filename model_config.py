@@ -4,10 +4,10 @@ from transformers import PreTrainedConfig
 
 
 class CustomLLMConfig(PreTrainedConfig):
-    """Hyper-parameters. In memory the names below (Hugging Face's work too), on disk Qwen3's.
+    """Hyper-parameters: in memory under the names below or Hugging Face's, on disk under Qwen3's.
 
     Raises:
-        ValueError: one message listing every inconsistent size.
+        ValueError: sizes do not fit together. One message lists them all.
     """
 
     model_type = "custom_llm"  # on disk: qwen3 or qwen3_moe, see to_dict
@@ -54,7 +54,7 @@ class CustomLLMConfig(PreTrainedConfig):
         self.head_dim = d_model // max(n_heads, 1) if head_dim is None else head_dim
         self.max_seq_len = max_seq_len
         self.use_moe, self.num_experts = use_moe, num_experts
-        # Not as `top_k`: on a config that would be read as the sampling parameter.
+        # Not as `top_k`: transformers reads that name of a config as the sampling parameter.
         self.num_experts_per_tok = top_k
         self.moe_d_ff = d_ff if moe_d_ff is None else moe_d_ff
         self.dropout, self.rope_theta = dropout, float(rope_theta)
@@ -63,7 +63,7 @@ class CustomLLMConfig(PreTrainedConfig):
         self.tie_word_embeddings = tie_word_embeddings
         self.use_cache = kwargs.pop("use_cache", True)
         self._check_sizes(derived_head_dim=head_dim is None)
-        # Plain attributes: some transformers releases read them from the config, some do not.
+        # Set here, because some releases of transformers read them from the config and some do not.
         self.pad_token_id = kwargs.pop("pad_token_id", None)
         self.bos_token_id = kwargs.pop("bos_token_id", None)
         self.eos_token_id = kwargs.pop("eos_token_id", None)

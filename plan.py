@@ -1,7 +1,7 @@
-"""What fits and how long it takes, before anything runs; no GPU needed.
+"""What fits and how long it takes, before anything runs. No GPU is needed.
 
-    python plan.py                                    train_llm.py as it stands
-    python plan.py dpo_train.py --batch_size 32       another stage, a key changed for this plan
+    python plan.py                                    train_llm.py with its own settings
+    python plan.py dpo_train.py --batch_size 32       another stage, one key changed
 
 The memory is that of all tensors that are alive at the worst moment of a training step: a step
 runs on tensors without contents and is counted. The hours are arithmetic.

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning data: conversations to packed rows in which only replies are targets.
+"""Supervised fine-tuning data: conversations -> packed rows in which only replies are targets.
 
 python sft_data.py --inspect            the bundled sample, targets in colour
 python sft_data.py --inspect my.json    your own file, folder or glob
@@ -28,7 +28,7 @@ from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
-BATCH = 4096  # conversations rendered and packed at a time: bounds the memory
+BATCH = 4096  # conversations rendered and packed at a time, which bounds the memory
 CACHE_VERSION = 2  # raise it when the rows made from the same conversations change
 SCHEMA = pa.schema(
     [
@@ -59,7 +59,7 @@ def prepare_sft_data(
         (dataset, data_collator). labels are -100 outside assistant replies and their end tokens.
 
     Raises:
-        ValueError: naming the file, the line and the fix; or when no example has a target.
+        ValueError: bad data, or no example with a target; names the file, the line and the fix.
     """
     path = data_path or SAMPLE
     cache.check_max_length(max_length)
@@ -73,7 +73,7 @@ def prepare_sft_data(
 
 
 def _iter_examples(path: str, counts: Counter) -> Iterator[list[dict]]:
-    """Messages of the usable conversations, ending with a reply; drops are counted."""
+    """Messages of the usable conversations, which end with a reply. Drops are counted."""
     seen = set()
     for messages in iter_conversations(path, to_messages):
         counts["conversations read"] += 1
@@ -89,7 +89,7 @@ def _iter_examples(path: str, counts: Counter) -> Iterator[list[dict]]:
 
 
 def _write_rows(path: str, tokenizer, max_length: int, folder: Path, split):
-    """As cache.cached_splits wants it: a conversation's question decides its split."""
+    """Write the files of cache.cached_splits. A conversation's question decides its split."""
     counts: Counter = Counter()
     renderer = Renderer(tokenizer)
     examples = _iter_examples(path, counts)
@@ -118,7 +118,7 @@ def _write_rows(path: str, tokenizer, max_length: int, folder: Path, split):
 
 
 def _pack(encoded: list[tuple], max_length: int, counts: Counter) -> pa.RecordBatch:
-    """Conversations, whole, best-fit into rows; padding is not stored."""
+    """Pack whole conversations into rows by best-fit. Padding is not stored."""
     rows = best_fit([len(ids) for ids, _ in encoded], max_length)
     columns: dict[str, list[list[int]]] = {name: [] for name in SCHEMA.names}
     for row in rows:
@@ -151,7 +151,7 @@ def _describe(counts: dict, rows: DatasetDict, path: str) -> str:
 
 
 def inspect(rows: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]:
-    """Decoded rows, one conversation a block, targets in green or in [ ]."""
+    """Decoded rows, one conversation after the other, targets in green or in [ ]."""
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
     for row in islice(rows, count):
         targets = sum(label != IGNORE_INDEX for label in row["labels"])

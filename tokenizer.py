@@ -28,7 +28,7 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# A run that the split leaves whole and no language writes: training is quadratic in its length.
+# No language writes such a run, the split leaves it whole, and training is quadratic in its length.
 LONG_RUN = re.compile(r"([^\W_]{1000}|\s{1000}|(?:[^\w\s]|_){1000})")
 # The generation markers tell apply_chat_template which tokens an assistant wrote.
 CHAT_TEMPLATE = (
@@ -53,21 +53,21 @@ ALIASES = {
 def create_tokenizer(
     model_type: str = "qwen", model_path: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load a tokenizer and make it ready for training: a pad token of its own, ChatML template.
+    """Load a tokenizer and prepare it for training: a pad token of its own, the ChatML template.
 
     Args:
         model_type: an alias (qwen, llama, mistral, chatglm, baichuan), a local folder or a Hub
-            name; used when model_path is None.
+            name. It is used when model_path is None.
         model_path: a local folder or a Hub name.
         trust_remote_code: run the Python code that some Hub repositories bring (baichuan's).
 
     Raises:
-        ValueError: nothing there can be loaded; the message says what to do.
+        ValueError: no tokenizer can be loaded. The message says what to do.
     """
     name = str(model_path or ALIASES.get(model_type, model_type))
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # AutoTokenizer raises a dozen kinds, all meaning the same here
+    except Exception as error:  # AutoTokenizer raises a dozen kinds of errors for this
         cause = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(
             f"No tokenizer could be loaded from {name!r}: it is neither a local folder with a "
@@ -79,12 +79,12 @@ def create_tokenizer(
 
 
 def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Give a foreign tokenizer what the three stages rely on; a trained one already has it."""
+    """Give another tokenizer what the three stages need. One that was trained here has it."""
     vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token is None:
         tokenizer.add_special_tokens({"eos_token": END_OF_TEXT})
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
-        # Were padding the EOS token, ignoring padding in the loss would ignore EOS as well.
+        # If padding were the EOS token, the loss would ignore EOS as it ignores padding.
         free = END_OF_TEXT in vocabulary and tokenizer.eos_token != END_OF_TEXT
         tokenizer.add_special_tokens({"pad_token": END_OF_TEXT if free else PAD_TOKEN})
     missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
@@ -98,7 +98,7 @@ def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (arXiv 1508.07909) on a stream of texts.
 
-    The texts are not held in memory, only the counts of their distinct words.
+    Only the counts of distinct words are in memory, not the texts.
 
     Raises:
         ValueError: vocab_size is smaller than the 256 bytes and the special tokens.
@@ -134,9 +134,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedT
 
 
 def _with_roles(texts: Iterable[str]) -> Iterator[str]:
-    """Mix in the role names, so that each costs one token in every later chat turn.
+    """Add the role names to the texts, so that each becomes one token of the chat format.
 
-    Texts come through unchanged, but for cuts in runs of 1,000 letters without a space.
+    Texts are unchanged, except that runs of 1,000 letters without a space are cut.
     """
     for text in texts:
         yield from LONG_RUN.split(text)
@@ -144,7 +144,7 @@ def _with_roles(texts: Iterable[str]) -> Iterator[str]:
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of texts in which nothing is a control token, whatever it looks like.
+    """Token ids of texts. Nothing in them becomes a control token.
 
     A user who types `<|im_end|>` gets those ten characters, not the end of the turn.
     """
@@ -154,9 +154,9 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[l
         return encoded["input_ids"]
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
-    backend.no_truncation()  # some tokenizer.json files ask for one, and so does tokenizer(…)
+    backend.no_truncation()  # some tokenizer.json files set a truncation, and so does tokenizer(…)
     backend.no_padding()
-    try:  # the fast path skips the character offsets that nobody here reads
+    try:  # the fast function leaves out character offsets, which nobody here reads
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
     finally:
         backend.encode_special_tokens = before
@@ -170,7 +170,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """UTF-8 bytes of text behind each token id, int64 (len(tokenizer),); special tokens: 0."""
+    """UTF-8 bytes of the text of each token id, int64 (len(tokenizer),); 0 for special tokens."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and "ByteLevel" in repr(backend.decoder):
@@ -190,7 +190,7 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
-    """Compression on texts, beside one token per character (the simplest Chinese tokenizer)."""
+    """Compression of texts, compared with one token per character, the simplest tokenizer."""
     characters = size = tokens = 0
     alphabet: set[str] = set()
     started = time.perf_counter()
@@ -200,7 +200,7 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
         tokens += len(encode_plain(tokenizer, [text])[0])
         alphabet.update(text)
     if not tokens:
-        raise ValueError("No text to measure: every document is empty or no text.")
+        raise ValueError("No text to measure: every document is empty or is not text.")
     seconds = time.perf_counter() - started
     return (
         f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens in {seconds:.1f} s\n"
@@ -212,11 +212,9 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
 
 
 def main():
-    from corpus.documents import iter_documents  # this command's, and not of those who import it
+    # Needed by this command, not by those who import this file.
+    from corpus.documents import iter_documents
 
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer, or measure one."
-    )
     parser.add_argument(
         "--files", default="data/pretrain_sample.jsonl", help="file, folder or glob"
     )

@@ -3,7 +3,7 @@
     python train_data.py --inspect            the bundled sample as the model will see it
     python train_data.py --inspect my.jsonl   your own file, folder, glob or Hub dataset
 
-Rows are Arrow files, memory-mapped: a corpus larger than RAM is read in constant memory.
+Rows are in memory-mapped Arrow files: a corpus larger than RAM is read in constant memory.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from engine.disk import atomic_folder, cache_lock, settings_hash
 from engine.report import print_lines
 from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # explicit: no warning from data workers
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or data workers warn
 
-SHARD_CHARACTERS = 4_000_000  # tokenized and packed at a time: bounds the memory
+SHARD_CHARACTERS = 4_000_000  # tokenized and packed at a time, which bounds the memory
 CACHE_VERSION = 2  # raise it when the rows made from the same text change
 
 
@@ -47,15 +47,15 @@ def prepare_data(
         tokenizer_path: local folder or Hub name; None trains one of vocab_size on the corpus.
         dataset: file, folder or glob of .jsonl .json .txt .parquet (also .gz .bz2 .xz .zst), or a
             Hub dataset name.
-        validation_ratio: share of documents held out, chosen by each document's hash: the split
-            of a document never changes, whatever is added.
+        validation_ratio: share of documents held out. A document's hash decides: its split never
+            changes, whatever is added.
 
     Returns:
         A DatasetDict with "train" and "validation", rows of input_ids and position_ids of up to
         max_seq_len tokens, and the tokenizer.
 
     Raises:
-        ValueError: naming the file, the line and the fix.
+        ValueError: bad data or settings; names the file, the line and the fix.
     """
     if not 0 < validation_ratio < 1:
         raise ValueError(f"validation_ratio={validation_ratio} must be between 0 and 1.")
@@ -94,7 +94,7 @@ def load_or_train_tokenizer(
 
 
 def _write_rows(dataset: str, tokenizer, max_seq_len: int, folder: Path, split):
-    """As cache.cached_splits wants it: a document's text decides its split."""
+    """Write the files of cache.cached_splits. A document's text decides its split."""
     counts: Counter = Counter()
     writers = {
         name: _RowWriter(folder / f"{name}.arrow", tokenizer, max_seq_len, counts)
@@ -217,7 +217,7 @@ def unigram_loss(splits: DatasetDict, vocab_size: int) -> float:
 
 
 def inspect(splits: DatasetDict, tokenizer, max_seq_len: int, rows: int) -> Iterator[str]:
-    """Decoded rows: ‖ between documents, [ ] around tokens that are no target."""
+    """Decoded rows, with ‖ between documents and [ ] around tokens that are no target."""
     collate = PackedCollator(max_seq_len, tokenizer.pad_token_id)
     for index, row in enumerate(islice(splits["train"], rows)):
         batch = collate([row])
@@ -244,7 +244,7 @@ def main():
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     unigram = unigram_loss(splits, len(tokenizer))
-    print(f"A model of token frequencies alone has validation loss {unigram:.3f}.")
+    print(f"A model that knows only the token frequencies has validation loss {unigram:.3f}.")
     print("In a row: ‖ separates documents; the token in [ ] is no target, every other one is.")
     print_lines(inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows))
 

@@ -1,11 +1,11 @@
-"""Conversations: every accepted record format to messages, and messages to ids with a loss mask.
+"""Conversations: records of every accepted format -> messages -> ids with a loss mask.
 
 A message is {"role": "system" | "user" | "assistant", "content": text}. Rendering is ChatML:
 
     <|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n…<|im_end|>\\n
 
-Ids and mask are built together, message by message, so that the mask cannot be off, and text is
-encoded apart from control tokens, so that nothing a user types can become one.
+Ids and mask are built together, message by message, so that they always agree. Text is encoded
+without control tokens, so that nothing a user types becomes one.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ from tokenizer import IM_END, IM_START, encode_plain
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-SHORTEST_PROMPT = 16  # tokens of the question that stay when an answer is too long by itself
+SHORTEST_PROMPT = 16  # tokens of the question that are kept when an answer is too long by itself
 
 
 class FormatError(ValueError):
-    """A record is not a conversation; the message has no file and line yet."""
+    """A record is not a conversation. The message has no file and line yet."""
 
 
 def to_messages(record: dict, response_keys=("response", "output")) -> list[dict]:
@@ -111,7 +111,7 @@ def text_of(value, where: str) -> str:
 
 
 def iter_conversations(data_path: str, parse) -> Iterator:
-    """parse(record) for every record of the files; a FormatError gets its file and line."""
+    """parse(record) for every record of the files. A FormatError gets its file and line."""
     for path in find_files(data_path):
         for line, record in iter_records(Path(path)):
             try:
@@ -134,7 +134,7 @@ class Turn:
 
 
 class Renderer:
-    """Messages to turns of token ids, many conversations at a time."""
+    """Renders messages to turns of token ids, many conversations at a time."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -162,7 +162,7 @@ def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def flatten(turns: list[Turn]) -> tuple[list[int], list[bool]]:
-    """(ids, mask): mask is True on an assistant's words and the end token behind them."""
+    """(ids, mask): mask is True on an assistant's words and on their end token."""
     ids: list[int] = []
     mask: list[bool] = []
     for turn in turns:

@@ -14,9 +14,9 @@ SAMPLE = "data/pretrain_sample.jsonl"
 
 
 def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iterator[str]:
-    """The usable documents of a corpus, each once; what is dropped is counted in `counts`.
+    """The usable documents of a corpus, each once. `counts` counts what is dropped, by reason.
 
-    Memory grows by one 8-byte hash per document, to know duplicates.
+    To find duplicates, memory grows by one 8-byte hash per document.
     """
     counts = Counter() if counts is None else counts
     seen = SeenHashes()
@@ -35,7 +35,7 @@ def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iter
 
 
 class SeenHashes:
-    """64-bit hashes, 8 bytes each: the newest in a set, the others in one sorted array."""
+    """A set of 64-bit hashes in 8 bytes each: a sorted array, and a Python set of the newest."""
 
     def __init__(self, newest: int = 2**16):
         self.limit = newest
@@ -43,13 +43,13 @@ class SeenHashes:
         self.sorted = np.empty(0, np.uint64)
 
     def add(self, digest: int) -> bool:
-        """Whether it is new."""
+        """Add a hash. Returns whether it is new."""
         place = np.searchsorted(self.sorted, np.uint64(digest))
         is_old = place < len(self.sorted) and self.sorted[place] == digest
         if is_old or digest in self.newest:
             return False
         self.newest.add(digest)
-        # In proportion, so that merging costs a large corpus no more per document.
+        # In proportion to the array, so that merging costs the same per document at any size.
         if len(self.newest) >= max(self.limit, len(self.sorted) // 8):
             newest = np.fromiter(self.newest, np.uint64, len(self.newest))
             self.sorted = np.union1d(self.sorted, newest)
@@ -79,7 +79,7 @@ def _iter_texts(dataset: str) -> Iterator[object]:
 def _load_from_hub(name: str) -> Dataset:
     try:
         rows = load_dataset(name, split="train")
-    except Exception as error:  # the Hub client raises a dozen kinds
+    except Exception as error:  # the Hub client raises a dozen kinds of errors
         cause = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(
             f"{name!r} is neither a file here nor a Hub dataset that can be reached "
@@ -91,7 +91,7 @@ def _load_from_hub(name: str) -> Dataset:
 
 
 def corpus_hash(dataset: str) -> str:
-    """Changes when the text may have: hash of local files' bytes, or the Hub data's fingerprint."""
+    """Changes when the text changes: a hash of local files, or the fingerprint of Hub data."""
     return (
         content_hash(find_files(dataset))
         if is_local(dataset)

@@ -25,11 +25,11 @@ def make_pairs(
 ):
     """Write instruction/chosen/rejected records, one per conversation of prompts_path.
 
-    Goes on where it stopped: a prompt that `output` already holds is not sampled again. A sample
-    equal to the answer, or empty, makes no pair.
+    It continues where it stopped: a prompt that is in `output` already is not sampled again. A
+    sample that is empty or equal to the answer makes no pair.
 
     Raises:
-        ValueError: no model there, broken prompts, or an output that holds something else.
+        ValueError: the folder has no model, prompts are broken, or `output` has other content.
     """
     if Path(output).suffix != ".jsonl":
         raise ValueError(f"--output {output}: pairs are JSON lines, name it .jsonl.")
@@ -58,7 +58,7 @@ def make_pairs(
 
 
 def _read_done(output: Path) -> set[str]:
-    """Prompts that the output has; a last line that a kill cut short is taken off the file."""
+    """Prompts that the output has. A last line that a kill cut short is removed from the file."""
     if not output.exists():
         return set()
     content, done = output.read_bytes(), set()
@@ -79,7 +79,7 @@ def _key(prompt: list[dict]) -> str:
 
 @torch.no_grad()
 def sample_reply(model, tokenizer, prompt: list[dict], max_new_tokens: int) -> str:
-    """One sampled answer; the same for the same prompt, in whatever order prompts come."""
+    """One sampled answer. It depends on the prompt, not on the order of the prompts."""
     encoded = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)

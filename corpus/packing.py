@@ -12,13 +12,13 @@ import torch
 
 from kernels import IGNORE_INDEX
 
-Segment = tuple[int, int]  # (start, length) of a run of tokens
+Segment = tuple[int, int]  # (start, length) of consecutive tokens
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the items of each row: longest first, each into the fullest row that takes it.
+    """Indices of the items of each row. Longest first, each goes into the fullest row that fits it.
 
-    The fullest fitting row is found in O(1): bit s of `spaces` says that some row has s left.
+    That row is found in O(1): bit s of `spaces` says that some row has s tokens left.
     Every length must be in 1..capacity.
     """
     rows: list[list[int]] = []
@@ -43,7 +43,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def split_windows(length: int, capacity: int) -> list[int]:
-    """Lengths of the consecutive windows of a document; the last has a target (2 tokens) if any."""
+    """Lengths of the consecutive windows of a document. The last has at least two tokens."""
     windows = [capacity] * (length // capacity)
     rest = length % capacity
     if rest == 1 and windows and capacity > 2:
@@ -55,11 +55,11 @@ def split_windows(length: int, capacity: int) -> list[int]:
 def pack_segments(
     segments: list[Segment], capacity: int, max_padding: float = 0.005
 ) -> tuple[list[list[Segment]], int]:
-    """Rows of segments, padding at most `max_padding` of all places where that can be had.
+    """Rows of segments. Padding is at most `max_padding` of all places, where that is possible.
 
-    Best-fit leaves large gaps when no two documents fit together (all of 300 tokens in rows of
-    512). Then the emptiest rows are emptied into the gaps of the others, their documents cut to
-    fit; a cut costs one target. Nothing is dropped.
+    Best-fit leaves large gaps when no two documents fit together, such as documents of 300 tokens
+    in rows of 512. Then the documents of the emptiest rows are cut and fill the gaps of the other
+    rows. A cut costs one target. Nothing is dropped.
 
     Returns (rows, number of cuts).
     """
@@ -71,7 +71,7 @@ def pack_segments(
     excess = max(0, len(rows) - enough)
     emptied, rows = rows[:excess], rows[excess:]
     gaps = [capacity - row_length(row) for row in rows]
-    fragment = max(2, capacity // 128)  # a shorter piece is not worth cutting off
+    fragment = max(2, capacity // 128)  # a shorter piece is not cut off
     left_over: list[Segment] = []
     taker = cuts = 0
     for start, length in (segment for row in emptied for segment in row):
@@ -128,7 +128,7 @@ class PackedCollator:
             batch["attention_mask"][index, :length] = 1
         is_first = batch["position_ids"] == 0
         batch["labels"][is_first] = IGNORE_INDEX
-        is_first[:, 1:] &= batch["attention_mask"][:, :-1] > 0  # of padding only its first token
+        is_first[:, 1:] &= batch["attention_mask"][:, :-1] > 0  # only the first token of padding
         starts = np.append(np.flatnonzero(is_first), is_first.size)
         batch["cu_seq_lens_q"] = starts.astype(np.int32)
         return {name: torch.from_numpy(array) for name, array in batch.items()}

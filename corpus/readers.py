@@ -15,16 +15,16 @@ import pyarrow.parquet
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
-TEXT_BLOCK = 1_000_000  # characters after which a .txt without blank lines is cut at a line end
+TEXT_BLOCK = 1_000_000  # characters; a longer .txt without blank lines is cut at a line end
 
 
 def input_error(path, line: int | None, problem: str) -> ValueError:
-    """The one form of every complaint about an input file: where, what, and how to mend it."""
+    """The error of an input file, always in one form: where, what, and how to mend it."""
     return ValueError(f"{path}:{line}: {problem}" if line else f"{path}: {problem}")
 
 
 def format_of(path: Path) -> str:
-    """'.jsonl' for both a.jsonl and a.jsonl.xz; '' for what is no known format."""
+    """'.jsonl' for a.jsonl and for a.jsonl.xz; '' for an unknown format."""
     suffixes = path.suffixes[-2:]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -32,16 +32,16 @@ def format_of(path: Path) -> str:
 
 
 def is_local(dataset: str) -> bool:
-    """Whether a name means files here and not a dataset on the Hub."""
+    """Whether a name means local files, and not a dataset on the Hub."""
     has_ending = format_of(Path(dataset)) != "" or dataset.startswith((".", "/", "~"))
     return has_ending or glob.has_magic(dataset) or Path(dataset).exists()
 
 
 def find_files(dataset: str) -> list[Path]:
-    """The data files behind a file name, a folder (searched recursively) or a glob, sorted.
+    """The data files of a file name, a folder (with its subfolders) or a glob, sorted.
 
     Raises:
-        ValueError: none found, or one of a format that cannot be read.
+        ValueError: there is none, or one has a format that cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -67,10 +67,10 @@ def find_files(dataset: str) -> list[Path]:
 def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of one file: JSON values, parquet rows as dicts, paragraphs of text as str.
 
-    A line counts from 1; for parquet it is the row, for a .json array the element.
+    Lines count from 1. In parquet a line is a row, in a .json array an element.
 
     Raises:
-        ValueError: naming file and line, for text that is not UTF-8 and for broken JSON.
+        ValueError: text is not UTF-8, or JSON is broken. Names the file and the line.
     """
     kind = format_of(path)
     if kind == ".parquet":
@@ -89,7 +89,7 @@ def _open(path: Path):
     if path.suffix != ".zst":
         openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
         return openers.get(path.suffix, open)(path, "rb")
-    try:  # not zstandard: it takes a file that was cut short for a whole one
+    try:  # not zstandard: it reads a file that was cut short without an error
         name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
         return importlib.import_module(name).open(path)
     except ImportError as error:
@@ -103,9 +103,9 @@ def _iter_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
         try:
             for number, line in enumerate(stream, start=1):
                 yield number, line
-        except Exception as error:  # each archive module raises its own kinds
+        except Exception as error:  # each archive module raises errors of its own
             if path.suffix not in COMPRESSIONS or getattr(error, "errno", None) is not None:
-                raise  # a disk's error, not the archive's
+                raise  # the disk has an error, not the archive
             problem = f"the archive is broken or cut short ({error})."
             raise input_error(path, number + 1, problem) from error
 
@@ -113,7 +113,7 @@ def _iter_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _iter_lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, line in _iter_raw_lines(path):
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the mark that Windows editors add
+            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark: Windows editors add it
         yield number, _decode(path, number, line)
 
 
@@ -130,7 +130,7 @@ def _decode(path: Path, number: int, line: bytes) -> str:
 
 
 def _parse_json(path: Path, number: int, text: str):
-    text = text.rstrip()  # else JSON that stops too early would be wrong on the line after it
+    text = text.rstrip()  # otherwise JSON that ends too early has its error on the next line
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -149,7 +149,7 @@ def _iter_json(path: Path) -> Iterator[tuple[int, object]]:
     first = text.lstrip()[:1]
     if first == "[":
         yield from enumerate(_parse_json(path, 1, text), start=1)
-    elif first == "{":  # JSON lines under another name
+    elif first == "{":  # JSON lines in a file named .json
         for number, line in lines:
             if line.strip():
                 yield number, _parse_json(path, number, line)
@@ -190,5 +190,5 @@ def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def read_text(path: Path) -> str:
-    """A whole file as text; errors as in iter_records."""
+    """A whole file as text. Errors as in iter_records."""
     return "".join(line for _, line in _iter_lines(path))

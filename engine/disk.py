@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens while they are written; names by content."""
+"""Writing files so that they are whole or absent; hashes of their content."""
 
 import contextlib
 import errno
@@ -76,7 +76,7 @@ def explain_full_disk(target: Path) -> Iterator[None]:
         raise DiskFullError(
             f"{target} could not be written: {os.strerror(number)} "
             f"({shutil.disk_usage(target.parent).free / 2**20:,.0f} MiB free there). Free some "
-            "space and run the same command again: it goes on from what was saved before."
+            "space and run the same command again: it continues from what was saved before."
         ) from error
 
 
@@ -90,7 +90,7 @@ def _full_disk_errno(folder: Path) -> int | None:
 
 
 def _sync_folder(folder: Path):
-    if os.name == "posix":  # elsewhere a folder cannot be opened, nor needs to be
+    if os.name == "posix":  # other systems cannot open a folder and do not need it
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
