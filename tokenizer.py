@@ -215,6 +215,9 @@ def main():
     # Needed by this command, not by those who import this file.
     from corpus.documents import iter_documents
 
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level BPE tokenizer, or measure one."
+    )
     parser.add_argument(
         "--files", default="data/pretrain_sample.jsonl", help="file, folder or glob"
     )
