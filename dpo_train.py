@@ -52,7 +52,7 @@ wandb_config = {
     "batch_size": 8,  # pairs of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 2,  # forward passes of one optimizer step
     "learning_rate": 2e-5,  # peak; a larger model needs 5e-7 to 5e-6
-    "num_epochs": 2,
+    "num_epochs": 2,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "optimizer": "adamw",  # or "muon"
     "muon_learning_rate": 2e-4,  # peak of the matrices that Muon takes
@@ -60,17 +60,17 @@ wandb_config = {
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.0,  # the policy must stay near the reference, not near zero
     "max_grad_norm": 1.0,  # 0: no clipping
-    "seed": 42,
+    "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
     "torch_compile": "auto",  # on CUDA only; True: on every device
     # run
-    "output_dir": "checkpoints",
+    "output_dir": "checkpoints",  # everything that a run writes is under it
     "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
-    "eval_every": 20,
-    "sample_every": 40,
-    "save_every": 40,
+    "eval_every": 20,  # validation
+    "sample_every": 40,  # generated samples
+    "save_every": 40,  # checkpoints
     "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
     "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }

@@ -35,17 +35,17 @@ wandb_config = {
     # model
     "init_from": None,  # any Qwen3-architecture folder; None: the newest pre-trained model
     "max_length": 256,  # tokens of a row; conversations are packed into it whole
-    "dropout": 0.0,
+    "dropout": 0.0,  # on embeddings, attention and the outputs of each block
     # data
     "dataset": "data/sft_sample.jsonl",  # file, folder or glob
     "pretrain_mix_ratio": 0.0,  # share of rows from pretrain_dataset, against forgetting
-    "pretrain_dataset": "data/pretrain_sample.jsonl",
+    "pretrain_dataset": "data/pretrain_sample.jsonl",  # plain text to mix in
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
     "batch_size": 16,  # rows of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
     "learning_rate": 5e-4,  # peak; a larger pre-trained model needs 1e-5 to 1e-4
-    "num_epochs": 3,
+    "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 5e-3,  # peak of the matrices that Muon takes
@@ -53,17 +53,17 @@ wandb_config = {
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only
     "max_grad_norm": 1.0,  # 0: no clipping
-    "seed": 42,
+    "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
     "torch_compile": "auto",  # on CUDA only; True: on every device
     # run
-    "output_dir": "checkpoints",
+    "output_dir": "checkpoints",  # everything that a run writes is under it
     "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
-    "eval_every": 20,
-    "sample_every": 40,
-    "save_every": 40,
+    "eval_every": 20,  # validation
+    "sample_every": 40,  # generated samples
+    "save_every": 40,  # checkpoints
     "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
     "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }

@@ -28,15 +28,15 @@ from train_data import prepare_data, unigram_loss
 
 wandb_config = {
     # model
-    "d_model": 512,
-    "n_heads": 8,
+    "d_model": 512,  # width of the residual stream
+    "n_heads": 8,  # attention heads, each of d_model / n_heads
     "n_kv_heads": None,  # fewer than n_heads: grouped-query attention, a smaller KV cache
-    "n_layers": 6,
-    "d_ff": 2048,
+    "n_layers": 6,  # blocks
+    "d_ff": 2048,  # width of SwiGLU
     "max_seq_len": 128,  # tokens of a row; 512 or more for real corpora
     "dropout": 0.0,  # a corpus that is read one to three times needs none
-    "use_moe": False,
-    "num_experts": 4,
+    "use_moe": False,  # a mixture of experts in place of each SwiGLU
+    "num_experts": 4,  # of each block
     "top_k": 2,  # experts per token
     "moe_d_ff": None,  # width of one expert; None: d_ff
     # data
@@ -48,7 +48,7 @@ wandb_config = {
     "batch_size": 32,  # rows of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
     "learning_rate": 4e-3,  # peak; a model of hundreds of millions needs less
-    "num_epochs": 3,
+    "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 4e-2,  # peak of the matrices that Muon takes
@@ -56,18 +56,18 @@ wandb_config = {
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only
     "max_grad_norm": 1.0,  # 0: no clipping
-    "seed": 42,
+    "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
     "torch_compile": "auto",  # on CUDA only; True: on every device
     # run
     "init_from": None,  # continue from this model folder instead of random weights
-    "output_dir": "checkpoints",
+    "output_dir": "checkpoints",  # everything that a run writes is under it
     "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
-    "eval_every": 40,
-    "sample_every": 80,
-    "save_every": 80,
+    "eval_every": 40,  # validation
+    "sample_every": 80,  # generated samples
+    "save_every": 80,  # checkpoints
     "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
     "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }

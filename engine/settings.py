@@ -115,6 +115,7 @@ def make_parser(stage_function, defaults: dict) -> argparse.ArgumentParser:
     """Options for every key of a script's wandb_config and the stage function's own arguments."""
     module = sys.modules[stage_function.__module__]
     parser = _Parser(
+        usage="%(prog)s [--key VALUE | --key=VALUE] ...",
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
