@@ -1,6 +1,6 @@
-"""Attention in blocks of queries against SDPA's kernel, on a CPU: one layer, forward and backward.
+"""Attention in tiles of queries against SDPA's kernel, on a CPU: one layer, forward and backward.
 
-    python benchmarks/attention_blocks.py
+    python benchmarks/attention_tiles.py
 
 The two take turns; SDPA is called a document at a time, or for all rows at once where every
 document fills its row.
@@ -56,7 +56,7 @@ def main():
     rounds = parser.parse_args().rounds
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, ")
     print(f"head_dim {HEAD_DIM}, medians of {rounds} interleaved rounds")
-    print("| dtype | heads | kv_heads | documents | blocks, ms | SDPA, ms | SDPA / blocks |")
+    print("| dtype | heads | kv_heads | documents | tiles, ms | SDPA, ms | SDPA / tiles |")
     print("|---" * 7 + "|")
     for dtype in (torch.bfloat16, torch.float32):
         for heads, kv_heads, length, documents in SHAPES:
@@ -68,13 +68,13 @@ def main():
             tensors = [x.requires_grad_() for x in (q, k, v)]
             bounds = torch.arange(0, tokens + 1, length, dtype=torch.int32)
             times = [
-                [measure(f, tensors, grad, bounds) for f in (blocked_attention, attend_by_sdpa)]
+                [measure(f, tensors, grad, bounds) for f in (tiled_attention, attend_by_sdpa)]
                 for _ in range(2 + rounds)
             ][2:]
-            blocks, sdpa = (statistics.median(column) for column in zip(*times, strict=True))
-            ratio = statistics.median(sdpa / blocks for blocks, sdpa in times)
+            tiles, sdpa = (statistics.median(column) for column in zip(*times, strict=True))
+            ratio = statistics.median(sdpa / tiles for tiles, sdpa in times)
             sizes = f"{str(dtype)[6:]} | {heads} | {kv_heads} | {documents} x {length}"
-            print(f"| {sizes} | {blocks:.1f} | {sdpa:.1f} | {ratio:.2f} |", flush=True)
+            print(f"| {sizes} | {tiles:.1f} | {sdpa:.1f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,22 +8,24 @@ to attention's unfused arithmetic ends the benchmark. A size that does not fit s
 """
 
 import argparse
-import importlib
 import time
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
-from kernels.masks import ATTENTION_KERNELS
 from peers import ROOT  # noqa: F401 - puts the project on the path
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dpo_train
+import sft_train
+import train_llm
 from corpus.packing import PackedCollator
-from engine.guards import full_batch, stage_loss
-from engine.optim import build_optimizers, optimizer_step
-from engine.report import flops_per_token, peak_flops
-from engine.steps import checkpoint_blocks, compile_blocks, make_precision, to_device
+from dpo_data import PairCollator
+from engine import optim
+from engine.memory import checkpoint_activations
+from engine.meter import flops_per_token, peak_flops
+from engine.runtime import compile_blocks, make_runtime
+from kernels.attention import ATTENTION_KERNELS
 from models import CustomLLM, CustomLLMConfig
 
 NAMES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_seq_len")
@@ -33,9 +35,9 @@ SIZES = {  # rows of a micro-batch, then the model by NAMES
     "110M": (32, (32000, 768, 12, 12, 2048, 512)),
     "517M": (8, (32000, 1280, 24, 20, 3456, 1024)),
 }
-STAGES = {"pretrain": "train_llm.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
+STAGES = {"pretrain": train_llm, "sft": sft_train, "dpo": dpo_train}
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-LEVELS = {"none": False, "attention": "attention", "full": "full"}
+LEVELS = {"none": False, "selective": "selective", "full": "full"}
 
 
 class RecordAttention(TorchDispatchMode):
@@ -53,10 +55,10 @@ class RecordAttention(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def make_batch(script: str, length: int, rows: int) -> dict[str, torch.Tensor]:
-    """Full rows: of two documents each, or for DPO of a pair with one question."""
-    if script == "dpo_train.py":
-        return full_batch(script, length, rows)
+def packed_rows(length: int, rows: int) -> dict[str, torch.Tensor]:
+    """Full rows of two documents each. full_batch has no bounds of documents, so that the kernel
+    of packed rows would not run.
+    """
     positions = [*range(length // 3), *range(length - length // 3)]
     row = {"input_ids": np.arange(length) % 500 + 1, "position_ids": np.array(positions)}
     return PackedCollator(length, pad_token_id=0)([row] * rows)
@@ -65,20 +67,23 @@ def make_batch(script: str, length: int, rows: int) -> dict[str, torch.Tensor]:
 class Step:
     """A stage's training step as the loops make it, on random weights."""
 
-    def __init__(self, script: str, model_config, rows: int, dtype, device, level):
-        self.script, self.config = script, importlib.import_module(Path(script).stem).DEFAULTS
-        self.rows, self.precision = rows, make_precision(dtype, device)
+    def __init__(self, stage: str, model_config, rows: int, dtype, device, level):
+        script, length = STAGES[stage], model_config.max_seq_len
+        if stage == "dpo":
+            self.forward_backward = script.trial_step(script.DEFAULTS)
+            batch, self.num_items = PairCollator(0, length).full_batch(rows), rows  # pairs
+        else:
+            self.forward_backward = script.forward_backward
+            batch, self.num_items = packed_rows(length, rows), rows * length  # targets
+        self.rt = make_runtime(dtype, device)
         self.model = CustomLLM(model_config).to(device).train()
-        checkpoint_blocks(self.model, level)
-        self.optimizers = build_optimizers(self.model, self.config)
-        self.batch = to_device(make_batch(script, model_config.max_seq_len, rows), device)
+        checkpoint_activations(self.model, level)
+        self.optimizers = optim.build(self.model, script.DEFAULTS)
+        self.batch = self.rt.to_device(batch)
 
     def __call__(self):
-        num_items = self.batch["labels"].numel() if "labels" in self.batch else self.rows
-        how = (self.batch, self.precision, self.config, num_items)
-        loss = stage_loss(self.script, self.model, *how)
-        self.precision.scaler.scale(loss).backward()
-        optimizer_step(self.model, self.optimizers, self.precision, 1.0)
+        self.forward_backward(self.model, self.batch, self.num_items, self.rt)
+        optim.step(self.model, self.optimizers, self.rt, 1.0)
 
 
 def synchronize(device: torch.device):
@@ -131,7 +136,7 @@ def main():
         torch._dynamo.reset()
         try:
             how = (PRECISIONS[precision], device, LEVELS[level])
-            step = Step(STAGES[stage], model_config, rows, *how)
+            step = Step(stage, model_config, rows, *how)
             cells = measure(step, device, mode == "compiled", arguments.steps)
         except torch.cuda.OutOfMemoryError:
             cells = "out of memory | | |"

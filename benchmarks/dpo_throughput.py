@@ -16,7 +16,7 @@ from pathlib import Path
 
 from peers import (
     Stopwatch,
-    precision,
+    our_runtime,
     print_table,
     read_jsonl,
     real_or_bundled,
@@ -35,10 +35,9 @@ def run_ours(folder: Path, data: Path) -> tuple[float, int]:
     import torch
 
     from dpo_data import prepare_dpo_data
-    from dpo_train import wandb_config
-    from engine.optim import build_optimizers, optimizer_step
-    from engine.preference import AnswerScorer, batch_losses, reference_logps
-    from engine.steps import to_device
+    from dpo_train import DEFAULTS, forward_backward
+    from engine import optim
+    from engine.preference import AnswerScorer, reference_logps
     from models import CustomLLM
     from tokenizer import create_tokenizer
 
@@ -46,24 +45,21 @@ def run_ours(folder: Path, data: Path) -> tuple[float, int]:
     splits, collate = prepare_dpo_data(
         tokenizer, str(data), MAX_LENGTH, None, cache_dir=str(folder / "cache")
     )
-    at = precision()
-    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(at.device)
+    rt = our_runtime()
+    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(rt.device)
     scorer = AnswerScorer(model)
-    config = {"optimizer": "adamw", "learning_rate": 1e-6, "weight_decay": 0.0}
-    optimizers = build_optimizers(model, config)
+    config = DEFAULTS | {"optimizer": "adamw", "learning_rate": 1e-6, "weight_decay": 0.0}
+    optimizers = optim.build(model, config)
     started, count = time.perf_counter(), 0
     for rows in splits.values():
-        reference = reference_logps(scorer.eval(), rows, collate, at)
+        reference = reference_logps(scorer.eval(), rows, collate, rt)
         rows = rows.add_column("reference_logps", list(reference)).with_format("numpy")
         scorer.train()
         for start in range(0, len(rows), BATCH_SIZE):
             members = range(start, min(start + BATCH_SIZE, len(rows)))
-            batch = to_device(collate([rows[i] for i in members]), at.device)
-            with at.autocast():
-                logps = scorer(**batch)
-            losses, _ = batch_losses(logps, batch, wandb_config)
-            losses.mean().backward()
-            optimizer_step(model, optimizers, at, 1.0)
+            batch = rt.to_device(collate([rows[i] for i in members]))
+            forward_backward(scorer, batch, len(members), rt, config)
+            optim.step(model, optimizers, rt, 1.0)
             count += len(members)
     return time.perf_counter() - started, count
 

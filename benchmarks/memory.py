@@ -3,15 +3,16 @@
     python benchmarks/memory.py
 
 The sum of all live tensors at the worst moment, counted on tensors without contents; plan.py says
-what a card needs beside it. tests/test_plan.py shows that the count equals a real step's.
+what a card needs beside it. tests/commands/test_plan.py shows that the count equals a real step's.
 """
 
 import argparse
 
 import peers  # noqa: F401 - puts the project on the path
 
+import plan
+from engine.memory import LEVELS, on_card
 from models import CustomLLMConfig
-from plan import LEVELS, StepMemory, on_card, read_config
 
 NAMES = ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff")
 SHAPES = {  # rows and tokens of a micro-batch, then the model by NAMES
@@ -31,12 +32,13 @@ def main():
     print("|---" * (3 + len(LEVELS)) + "|")
     for name, (rows, length, values) in SHAPES.items():
         sizes = dict(zip(NAMES, values, strict=True))
-        config, _, _ = read_config("train_llm.py", ["--optimizer", arguments.optimizer])
+        config, _, _ = plan.read_config(plan.PRETRAIN, ["--optimizer", arguments.optimizer])
         config["max_seq_len"] = length
-        memory = StepMemory("train_llm.py", config, CustomLLMConfig(**sizes, max_seq_len=length))
-        peaks = [memory.peak(rows, level)["total"] for level in LEVELS]
+        model_config = CustomLLMConfig(**sizes, max_seq_len=length)
+        step = plan.count_step(plan.PRETRAIN, config, model_config)
+        peaks = [step.peak(rows, level)["total"] for level in LEVELS]
         cells = [f"{peak / 2**30:.2f} ({on_card(peak):.1f})" for peak in peaks]
-        total = sum(p.numel() for p in memory.model.parameters())
+        total = sum(p.numel() for p in step.model.parameters())
         print(f"| {name} | {total / 1e6:.1f} M | {rows} x {length} | " + " | ".join(cells) + " |")
 
 

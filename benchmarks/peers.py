@@ -17,7 +17,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from engine.steps import has_native_bf16, make_precision  # noqa: E402
+from engine.runtime import Runtime, has_native_bf16, make_runtime  # noqa: E402
 from models import CustomLLM, CustomLLMConfig  # noqa: E402
 
 SIZES = {"d_model": 256, "n_heads": 4, "n_layers": 4, "d_ff": 704, "max_seq_len": 512}
@@ -44,8 +44,9 @@ def save_model(folder: Path, texts: list[str]):
     tokenizer.save_pretrained(folder)
 
 
-def precision():
-    return make_precision(DTYPE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def our_runtime() -> Runtime:
+    """DTYPE on the GPU, or on the CPU where there is none."""
+    return make_runtime(DTYPE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def trl_settings(folder: Path, batch_size: int) -> dict:

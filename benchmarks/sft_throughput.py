@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peers import (
     Stopwatch,
-    precision,
+    our_runtime,
     print_table,
     read_jsonl,
     real_or_bundled,
@@ -34,11 +34,12 @@ def run_ours(folder: Path, data: Path, packed: bool) -> tuple[float, int]:
 
     from corpus.chat_format import Renderer, flatten, to_messages, truncate
     from corpus.packing import PackedCollator
-    from engine.optim import build_optimizers, optimizer_step
-    from engine.steps import to_device
-    from kernels.cross_entropy import IGNORE_INDEX
+    from engine import optim
+    from engine.steps import count_targets
+    from kernels import IGNORE_INDEX
     from models import CustomLLM
     from sft_data import prepare_sft_data
+    from sft_train import forward_backward
     from tokenizer import create_tokenizer
 
     tokenizer = create_tokenizer(model_path=str(folder))
@@ -55,20 +56,16 @@ def run_ours(folder: Path, data: Path, packed: bool) -> tuple[float, int]:
             ids, mask = flatten(turns)
             labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
             rows.append({"input_ids": ids, "position_ids": range(len(ids)), "labels": labels})
-    at = precision()
-    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(at.device).train()
+    rt = our_runtime()
+    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(rt.device).train()
     config = {"optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0}
-    optimizers = build_optimizers(model, config)
+    optimizers = optim.build(model, config)
     targets, started = 0, time.perf_counter()
     for start in range(0, len(rows), BATCH_SIZE):
         batch = collate(rows[start : start + BATCH_SIZE])
-        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        with at.autocast():
-            output = model(
-                **to_device(batch, at.device), num_items_in_batch=count, skip_logits=True
-            )
-        output.loss.backward()
-        optimizer_step(model, optimizers, at, 1.0)
+        count, _ = count_targets([batch], rt)
+        forward_backward(model, rt.to_device(batch), count, rt)
+        optim.step(model, optimizers, rt, 1.0)
         targets += count
     return time.perf_counter() - started, targets
 

@@ -19,8 +19,7 @@ import time
 import torch
 from peers import print_table
 
-from engine.sharding import keep_freed_memory
-from engine.steps import compile_blocks, make_precision
+from engine.runtime import compile_blocks, keep_freed_memory, make_runtime
 from models import CustomLLM, CustomLLMConfig
 
 SIZES = {
@@ -69,14 +68,14 @@ def serve_steps(arguments):
         for layer in model.model.layers:
             layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
-    at = make_precision(PRECISIONS[dtype], torch.device("cpu"))
+    rt = make_runtime(PRECISIONS[dtype], torch.device("cpu"))
     input_ids = torch.randint(
         0, sizes["vocab_size"], (rows, length), generator=torch.manual_seed(0)
     )
     options = {"skip_logits": True} if name in OURS else {"use_cache": False}
 
     def make_step() -> float:  # a function: after it no variable keeps the step's graph
-        with at.autocast():
+        with rt.autocast():
             loss = model(input_ids=input_ids, labels=input_ids, **options).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

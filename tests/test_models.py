@@ -1,13 +1,14 @@
 """The model: a Qwen3 checkpoint on disk; exact when packed, padded, cached, split in batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from kernels.masks import build_attention_mask
-from models import CustomLLM, CustomLLMConfig, rope_cos_sin
+import kernels
+from models import CustomLLM, CustomLLMConfig, build_attention_mask, rope_cos_sin
 
 VOCAB = 97
 dense_and_moe = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
@@ -178,10 +179,8 @@ def test_changing_a_later_token_changes_no_earlier_logit(use_moe, tolerance):
 
 @dense_and_moe
 def test_packed_documents_equal_separate_ones_in_logits_loss_and_gradients(use_moe):
-    model, documents = (
-        tiny_model(use_moe=use_moe).train(),
-        [random_ids(1, n, seed=n) for n in (6, 4, 7)],
-    )
+    model = tiny_model(use_moe=use_moe).train()
+    documents = [random_ids(1, n, seed=n) for n in (6, 4, 7)]
     ids, positions = pack(*documents)
     packed = model(ids, position_ids=positions).logits
     assert_close(packed, torch.cat([model(d).logits for d in documents], dim=1), 1e-5)
@@ -311,15 +310,14 @@ def test_dropout_acts_in_training_only(use_moe):
     assert (model(ids).logits - model(ids).logits).abs().max() > 1e-2
 
 
-def test_attention_weights_are_dropped_in_training_only(monkeypatch):
-    model, rates, sdpa = tiny_model(dropout=0.3), [], F.scaled_dot_product_attention
+def test_attention_weights_are_dropped_in_training_only():
+    model, rates = tiny_model(dropout=0.3), []
 
-    def spy(*args, **kwargs):
-        rates.append(kwargs["dropout_p"])
-        return sdpa(*args, **kwargs)
+    def attend(q, k, v, mask, dropout):
+        rates.append(dropout)
+        return kernels.CUDA.attend(q, k, v, mask, dropout)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    monkeypatch.setattr("kernels.masks.IN_BLOCKS", set())  # as on a GPU
+    model.backend = replace(kernels.CUDA, attend=attend)
     model(random_ids(1, 3))
     model.train()(random_ids(1, 3))
     assert rates == [0.0, 0.0, 0.3, 0.3]
@@ -337,10 +335,12 @@ def test_logits_can_be_skipped_or_kept_for_the_last_positions_only():
 def block_inputs(model):
     ids, positions = pack(random_ids(1, 5), random_ids(1, 4))
     cos, sin = rope_cos_sin(positions, model.config.head_dim, model.config.rope_theta)
-    mask = build_attention_mask(ids, None, positions, past=0)
-    return model.model.embed_tokens(ids).detach(), cos, sin, mask, torch.ones_like(ids).bool()
+    mask, token_mask = build_attention_mask(ids, None, positions, past=0), torch.ones_like(ids)
+    x = model.model.embed_tokens(ids).detach()
+    return x, cos, sin, mask, token_mask.bool(), model.backend
 
 
+@pytest.mark.slow  # it compiles
 @pytest.mark.parametrize(("use_moe", "bf16"), [(False, False), (False, True), (True, True)])
 def test_a_block_compiles_into_one_graph(use_moe, bf16):
     torch._dynamo.reset()

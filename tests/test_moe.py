@@ -1,14 +1,16 @@
 """The mixture of experts: dispatch against a per-token loop, and a router that learns balance."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from kernels import experts as moe
-from kernels.experts import MoE, can_use_grouped_mm
-from models import CustomLLM, CustomLLMConfig
+import kernels
+from kernels.experts import can_use_grouped_mm
+from models import CustomLLM, CustomLLMConfig, MoE
 
 VOCAB, CPU = 97, torch.device("cpu")
 # Rows of 32 or 48 fp32 numbers are multiples of 16 bytes, rows of 30 or 46 are not.
@@ -46,7 +48,9 @@ def one_token_at_a_time(layer, x):
         probs = layer.gate(token).softmax(-1)
         chosen = sorted(range(len(layer.experts)), key=lambda e: -probs[e].item())[: layer.top_k]
         total = sum(probs[e] for e in chosen)
-        outputs.append(sum(probs[e] / total * layer.experts[e](token) for e in chosen))
+        outputs.append(
+            sum(probs[e] / total * layer.experts[e](token, kernels.REFERENCE) for e in chosen)
+        )
     return torch.stack(outputs).view_as(x)
 
 
@@ -58,22 +62,27 @@ def output_and_gradients(function, layer, x):
     return dict(zip(("output", "x", *parameters), (output.detach(), *gradients), strict=True))
 
 
-@pytest.fixture
-def paths(monkeypatch):
-    """The dispatch paths taken, in order."""
-    taken, grouped_mm, one_by_one = [], F.grouped_mm, moe.run_experts_one_by_one
+class RecordGrouped(TorchDispatchMode):
+    """Appends "grouped" to a list at every grouped matrix product."""
 
-    def grouped_spy(*args, **kwargs):
-        taken.append("grouped")
-        return grouped_mm(*args, **kwargs)
+    def __init__(self, taken: list):
+        super().__init__()
+        self.taken = taken
 
-    def one_by_one_spy(*args):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._grouped_mm.default:
+            self.taken.append("grouped")
+        return function(*args, **(kwargs or {}))
+
+
+def recording_backend(taken: list) -> kernels.Backend:
+    """kernels.CPU, which appends "one by one" to a list where an expert runs by itself."""
+
+    def swiglu(*inputs):
         taken.append("one by one")
-        return one_by_one(*args)
+        return kernels.CPU.swiglu(*inputs)
 
-    monkeypatch.setattr(F, "grouped_mm", grouped_spy)
-    monkeypatch.setattr(moe, "run_experts_one_by_one", one_by_one_spy)
-    return taken
+    return replace(kernels.CPU, swiglu=swiglu)
 
 
 def tiny_model(**overrides):
@@ -95,31 +104,31 @@ def random_ids(*shape):
     ("sizes", "path"),
     [
         (GROUPED, ["grouped", "grouped"]),
-        (ONE_BY_ONE, ["one by one"]),
-        (ODD_INPUT, ["one by one"]),
+        (ONE_BY_ONE, ["one by one"] * 4),
+        (ODD_INPUT, ["one by one"] * 4),
     ],
     ids=["grouped", "odd_width", "odd_input"],
 )
-def test_dispatch_equals_a_loop_over_tokens_in_value_and_gradients(paths, sizes, path, top_k):
-    layer = make_layer(top_k, **sizes)
-    x = make_input(layer)
-    actual = output_and_gradients(lambda x: layer(x, None)[0], layer, x)
-    assert paths[: len(path)] == path  # backward computes the last product's input again
-    assert set(paths) == set(path)
+def test_dispatch_equals_a_loop_over_tokens_in_value_and_gradients(sizes, path, top_k):
+    layer, taken = make_layer(top_k, **sizes), []
+    x, backend = make_input(layer), recording_backend(taken)
+    with RecordGrouped(taken):
+        actual = output_and_gradients(lambda x: layer(x, None, backend)[0], layer, x)
+    assert taken[: len(path)] == path  # backward has grouped products too
+    assert set(taken) == set(path)
     expected = output_and_gradients(lambda x: one_token_at_a_time(layer, x), layer, x)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 @both_paths
-def test_dispatch_under_bf16_autocast_is_close_and_routes_in_fp32(paths, sizes):
-    layer = make_layer(**sizes)
-    x = make_input(layer)
-    expected, balance, load = layer(x, None)
-    paths.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        output, bf16_balance, bf16_load = layer(x, None)
+def test_dispatch_under_bf16_autocast_is_close_and_routes_in_fp32(sizes):
+    layer, taken = make_layer(**sizes), []
+    x, backend = make_input(layer), recording_backend(taken)
+    expected, balance, load = layer(x, None, kernels.CPU)
+    with torch.autocast("cpu", torch.bfloat16), RecordGrouped(taken):
+        output, bf16_balance, bf16_load = layer(x, None, backend)
     # 46 bf16 numbers are no multiple of 16 bytes either.
-    assert set(paths) == {"grouped" if sizes is GROUPED else "one by one"}
+    assert set(taken) == {"grouped" if sizes is GROUPED else "one by one"}
     assert torch.equal(bf16_load, load)
     assert torch.equal(bf16_balance, balance)
     assert (output - expected).norm() < 2e-2 * expected.norm()
@@ -141,17 +150,18 @@ def test_grouped_product_needs_rows_of_16_bytes(dtype, row_sizes, runs):
     assert can_use_grouped_mm(CPU, dtype, *row_sizes) is runs
 
 
+@pytest.mark.slow  # it compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_compiled_layer_equals_the_eager_one_and_never_waits_for_the_counts(monkeypatch, dtype):
+def test_compiled_layer_equals_the_eager_one_and_never_waits_for_the_counts(dtype):
     torch._dynamo.reset()
-    monkeypatch.setattr(moe, "run_experts_one_by_one", None)
+    backend = replace(kernels.CPU, swiglu=None)  # an expert that ran by itself would fail
     layer = make_layer(**GROUPED)
     x = make_input(layer)
     compiled = torch.compile(layer, backend="aot_eager")
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        expected = output_and_gradients(lambda x: layer(x, None)[0], layer, x)
-        actual = output_and_gradients(lambda x: compiled(x, None)[0], layer, x)
-        breaks = torch._dynamo.explain(layer)(x, None).graph_break_count
+        expected = output_and_gradients(lambda x: layer(x, None, backend)[0], layer, x)
+        actual = output_and_gradients(lambda x: compiled(x, None, backend)[0], layer, x)
+        breaks = torch._dynamo.explain(layer)(x, None, backend).graph_break_count
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
     assert (breaks == 0) == (dtype == torch.bfloat16)  # other dtypes run between two graphs
@@ -163,7 +173,9 @@ def test_expert_without_tokens_gets_zero_gradient_and_nothing_is_nan(sizes):
     x = make_input(layer).detach().abs().requires_grad_()
     # Positive tokens never prefer the two experts whose router rows are negative.
     rows = torch.tensor([1.0, 0.5, -1.0, -1.0])[:, None].expand(4, layer.gate.in_features)
-    results = output_and_gradients(lambda x: layer(x, None)[0], router_with(layer, rows), x)
+    results = output_and_gradients(
+        lambda x: layer(x, None, kernels.CPU)[0], router_with(layer, rows), x
+    )
     assert all(result.isfinite().all() for result in results.values())
     for expert in range(4):
         gradients = [g for name, g in results.items() if name.startswith(f"experts.{expert}.")]
@@ -177,7 +189,7 @@ def test_expert_without_tokens_gets_zero_gradient_and_nothing_is_nan(sizes):
 def balance_and_load(router, tokens, mask=None, top_k=1):
     """Of a layer with this router weight, fed these tokens (batch, seq, d_model)."""
     layer = make_layer(top_k, d_model=router.shape[1], moe_d_ff=8, num_experts=len(router))
-    return router_with(layer, router)(tokens, mask)[1:]
+    return router_with(layer, router)(tokens, mask, kernels.CPU)[1:]
 
 
 def test_balancing_loss_is_1_when_uniform_and_the_number_of_experts_when_collapsed():
@@ -201,7 +213,7 @@ def test_balancing_loss_is_that_of_qwen3_moe_per_choice(padded):
     x = make_input(layer)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 4:] = not padded
-    balance = layer(x, mask)[1]
+    balance = layer(x, mask, kernels.CPU)[1]
     logits = layer.gate(x).flatten(0, 1)
     qwen3 = load_balancing_loss_func((logits,), 6, 3, mask.long())  # counts 3 choices as 3 tokens
     torch.testing.assert_close(balance, qwen3 / 3)
@@ -212,10 +224,14 @@ def test_balancing_loss_and_load_are_blind_to_what_padding_holds():
     x, mask = make_input(layer).detach(), torch.ones(2, 9, dtype=torch.bool)
     mask[0, 6:] = mask[1, :2] = False
     other = torch.where(mask[..., None], x, -7 * x.roll(1, -1))
-    before, after = layer(x, mask)[1:], layer(other, mask)[1:]
+
+    def balance_and_load(x, mask):
+        return layer(x, mask, kernels.CPU)[1:]
+
+    before, after = balance_and_load(x, mask), balance_and_load(other, mask)
     assert torch.equal(before[0], after[0])
     assert torch.equal(before[1], after[1])
-    assert not torch.equal(layer(x, None)[1], layer(other, None)[1])
+    assert not torch.equal(balance_and_load(x, None)[0], balance_and_load(other, None)[0])
 
 
 def test_balancing_loss_and_load_do_not_change_when_rows_and_positions_are_padded():

@@ -4,23 +4,11 @@ from itertools import accumulate
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.packing import (
-    PackedCollator,
-    best_fit,
-    cached_splits,
-    data_fingerprint,
-    open_rows,
-    pack_segments,
-    row_length,
-    split_windows,
-    target_bytes,
-)
-from kernels.cross_entropy import IGNORE_INDEX
-from tokenizer import encode_plain, token_byte_lengths
+from corpus.packing import PackedCollator, best_fit, pack_segments, row_length, split_windows
+from kernels import IGNORE_INDEX
 
 PAD = 7
 
@@ -194,26 +182,13 @@ def test_a_row_longer_than_the_model_takes_is_refused_and_not_cut():
         PackedCollator(2, PAD)([{"input_ids": [1, 2, 3], "position_ids": [0, 1, 2]}])
 
 
-def test_target_bytes_count_exactly_the_tokens_that_the_collator_makes_targets(tokenizer):
-    ids = encode_plain(tokenizer, ["天地 玄黄 quick, 宇宙😀"])[0]
-    positions = [*range(5), *range(len(ids) - 5)]
-    chosen = [token if place % 3 else IGNORE_INDEX for place, token in enumerate(ids)]
-    lengths = token_byte_lengths(tokenizer)
-    for labels in ({}, {"labels": [chosen]}):
-        rows = Dataset.from_dict({"input_ids": [ids], "position_ids": [positions], **labels})
-        targets = PackedCollator(len(ids), PAD)([rows[0]])["labels"]
-        expected = lengths[targets[targets >= 0].numpy()].sum()
-        assert target_bytes(rows, tokenizer) == expected
-
-
-def test_the_fingerprint_of_rows_names_their_cache_folder_even_of_a_part_of_them(tmp_path):
-    folder = tmp_path / "pretrain-0123"
-    Dataset.from_dict({"input_ids": [[1], [2]]}).save_to_disk(folder)
-    rows = open_rows(next(folder.glob("*.arrow")))
-    assert data_fingerprint(rows) == "pretrain-0123"
-    assert data_fingerprint(rows.select([1])) == "pretrain-0123"
-
-
-def test_rows_too_short_for_a_conversation_are_refused_before_anything_is_read(tmp_path, tokenizer):
-    with pytest.raises(ValueError, match="max_length=31 must be at least 32 tokens"):
-        cached_splits("sft", "absent.jsonl", tokenizer, 31, 0.1, str(tmp_path), None)
+def test_the_full_batch_that_a_memory_test_runs_is_as_large_as_any_can_be():
+    collate = PackedCollator(4, PAD)
+    full = {"input_ids": [1, 2, 3, 4], "position_ids": [0, 1, 2, 3]}
+    largest = collate([full] * 3)
+    batch = collate.full_batch(3)
+    for name in ("input_ids", "position_ids", "labels", "attention_mask"):
+        assert batch[name].shape == largest[name].shape
+        assert batch[name].dtype == largest[name].dtype
+    assert batch["attention_mask"].all()
+    assert (batch["labels"] != IGNORE_INDEX).sum() >= (largest["labels"] != IGNORE_INDEX).sum()

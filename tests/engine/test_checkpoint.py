@@ -1,66 +1,63 @@
 import json
-import os
-from types import SimpleNamespace
+import math
+from itertools import pairwise
 
 import pytest
 import torch
-from test_training import tiny_model
+from tiny import CPU, cpu_runtime, tiny_model
 
-from corpus.readers import find_final
-from engine.checkpoint import (
-    CheckpointError,
-    changed_keys,
-    check_same_data,
-    find_damage,
-    list_checkpoints,
-    load_checkpoint,
-    load_model_folder,
-    open_model_folder,
-    open_run,
-    save_checkpoint,
-    save_final,
-)
-from engine.optim import build_optimizers
-from engine.steps import make_precision
+from engine import checkpoint, optim
+from engine.guards import NumericalError
+from engine.model_folder import load_model_folder, open_model_folder
+from engine.runs import Run, open_run
+from engine.runtime import Runtime
 
-ALONE = SimpleNamespace(is_main_process=True, num_processes=1)
-OPTIMIZER = {"optimizer": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
+ALONE = cpu_runtime()
+OPTIMIZER = {"optimizer": "adamw", "learning_rate": 1e-2, "muon_learning_rate": 1e-2}
+OPTIMIZER |= {"weight_decay": 0.1}
 
 
 def config_in(tmp_path, **changes) -> dict:
     return {"output_dir": str(tmp_path), "resume": "auto", "keep_checkpoints": 2, "lr": 1} | changes
 
 
+def open_run_in(tmp_path) -> Run:
+    return open_run("pretrain", "run", config_in(tmp_path), ALONE)
+
+
 def trained(steps: int = 1):
-    """A model and optimizer with state."""
-    torch.manual_seed(0)
+    """A model and optimizer with state, and a runtime with fp16's scaler."""
     model = tiny_model()
-    optimizers = build_optimizers(model, OPTIMIZER)
+    optimizers = optim.build(model, OPTIMIZER)
     for _ in range(steps):
         model(torch.randint(0, 64, (2, 8)), labels=torch.randint(0, 64, (2, 8))).loss.backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
-    return model, optimizers, make_precision(torch.float16, torch.device("cpu"))
+    return model, optimizers, cpu_runtime(torch.float16)
 
 
-def save(run, config, step: int, val_loss=None, parts=None):
+def save(run, step: int, val_loss=None, parts=None):
     state = {"step": step, "val_loss": val_loss, "data_fingerprint": "a"}
-    return save_checkpoint(run, *(parts or trained()), state, config)
+    return checkpoint.save(run, *(parts or trained()), state, {"keep_checkpoints": 2})
 
 
 def names(run) -> list[str]:
-    return [path.name for path in list_checkpoints(run.folder)]
+    return [path.name for path in checkpoint.list_checkpoints(run.folder)]
 
 
-def test_a_checkpoint_gives_everything_back(tmp_path):
-    config = config_in(tmp_path)
-    run = open_run("pretrain", "run", config, ALONE)
+# --- whole or absent --------------------------------------------------------------------------
+
+
+def test_a_checkpoint_gives_everything_back(tmp_path, capsys):
+    run = open_run_in(tmp_path)
     parts = trained(steps=3)
-    save(run, config, 3, parts=parts)
-    resumed = open_run("pretrain", "run", config, ALONE)
+    parts[2].scaler.load_state_dict(parts[2].scaler.state_dict() | {"scale": 8.0})
+    save(run, 3, parts=parts)
+    resumed = open_run_in(tmp_path)
     assert resumed.state["step"] == 3
     fresh = trained(steps=0)
-    load_checkpoint(resumed.checkpoint, *fresh)
+    assert checkpoint.resume(resumed, *fresh) == resumed.state
+    assert capsys.readouterr().out == f"Resuming {run.folder} at step 3.\n"
     for old, new in zip(parts[0].parameters(), fresh[0].parameters(), strict=True):
         assert torch.equal(old, new)
     old, new = (p[1][0].state_dict() for p in (parts, fresh))
@@ -68,31 +65,56 @@ def test_a_checkpoint_gives_everything_back(tmp_path):
     for key, state in old["state"].items():
         assert all(torch.equal(value, new["state"][key][name]) for name, value in state.items())
     assert fresh[0].lm_head.weight is fresh[0].model.embed_tokens.weight
+    assert fresh[2].scaler.get_scale() == 8
+
+
+def test_a_new_run_resumes_nothing(tmp_path, capsys):
+    parts = trained()
+    before = [parameter.clone() for parameter in parts[0].parameters()]
+    assert checkpoint.resume(open_run_in(tmp_path), *parts) == {}
+    assert all(map(torch.equal, before, parts[0].parameters()))
+    assert capsys.readouterr().out == ""
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
-    config = config_in(tmp_path)
-    run = open_run("pretrain", "run", config, ALONE)
+    run = open_run_in(tmp_path)
     parts = trained()
     for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.5), (5, None)):
-        save(run, config, step, loss, parts)
+        save(run, step, loss, parts)
     assert names(run) == ["step_00000002", "step_00000004", "step_00000005"]
     assert not list(run.folder.glob("*.tmp"))
 
 
-def test_an_error_while_saving_leaves_no_half_checkpoint(tmp_path, monkeypatch):
-    config = config_in(tmp_path)
-    run = open_run("pretrain", "run", config, ALONE)
-    save(run, config, 1)
+def test_a_checkpoint_that_is_there_already_is_not_written_again(tmp_path):
+    run = open_run_in(tmp_path)
+    path = save(run, 1)
+    before = (path / "model.safetensors").stat().st_mtime_ns
+    assert save(run, 1, parts=trained(steps=3)) == path
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
 
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engine.checkpoint.torch.save", full)
-    with pytest.raises(OSError, match="No space left"):
-        save(run, config, 2)
+def test_an_error_while_saving_leaves_no_half_checkpoint(tmp_path):
+    """The state, which is written behind the tensors, cannot be. A full disk: test_full_disk.py."""
+    run = open_run_in(tmp_path)
+    first = save(run, 1)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save(run, 2, val_loss=object())
     assert names(run) == ["step_00000001"]
     assert not list(run.folder.glob("*.tmp"))
+    assert run.checkpoint == first
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, value):
+    run = open_run_in(tmp_path)
+    first = save(run, 1)
+    parts = trained()
+    with torch.no_grad():
+        parts[0].model.norm.weight[3] = value
+    message = rf"step 2: its weights are not finite and were not saved; .* checkpoint is {first}\."
+    with pytest.raises(NumericalError, match=message):
+        save(run, 2, parts=parts)
+    assert names(run) == ["step_00000001"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json"])
@@ -100,93 +122,99 @@ def test_an_error_while_saving_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 def test_a_damaged_newest_checkpoint_is_noticed_and_the_one_before_taken(
     tmp_path, capsys, name, damage
 ):
-    config = config_in(tmp_path)
-    run = open_run("pretrain", "run", config, ALONE)
+    run = open_run_in(tmp_path)
     parts = trained()
     for step in (1, 2):
-        path = save(run, config, step, parts=parts) / name
+        path = save(run, step, parts=parts) / name
     data = bytearray(path.read_bytes())
     if damage == "delete":
         path.unlink()
     else:
         data[len(data) // 2] ^= 1
         path.write_bytes(data if damage == "flip" else data[:-1])
-    assert find_damage(path.parent)
-    resumed = open_run("pretrain", "run", config, ALONE)
+    assert checkpoint.find_damage(path.parent)
+    resumed = open_run_in(tmp_path)
     assert resumed.state["step"] == 1
     printed = capsys.readouterr().out
     problem = "unreadable (" if damage == "delete" else f"{name} is damaged (checksum differs)"
     assert f"Skipping {path.parent}: {problem}" in printed
     assert "Taking the one before, or starting anew" in printed
+    assert names(run) == ["step_00000001"]
+    assert (run.folder / "damaged_step_00000002").is_dir()
 
 
-def test_without_a_name_the_unfinished_run_of_the_same_configuration_is_resumed(tmp_path):
-    config = config_in(tmp_path)
-    first = open_run("sft", None, config, ALONE)
-    assert open_run("sft", None, config | {"log_every": 9}, ALONE).folder == first.folder
-    other = open_run("sft", None, config | {"lr": 2}, ALONE)
-    assert other.folder != first.folder
-    assert open_run("sft", None, config | {"resume": False}, ALONE).folder != first.folder
-    (first.final).mkdir()
-    assert open_run("sft", None, config, ALONE).folder != first.folder
+# --- fp16's scaler ----------------------------------------------------------------------------
 
 
-def test_a_named_run_of_another_configuration_is_refused_with_what_differs(tmp_path):
-    open_run("sft", "run", config_in(tmp_path), ALONE)
-    with pytest.raises(CheckpointError, match="lr: 1 -> 2"):
-        open_run("sft", "run", config_in(tmp_path, lr=2), ALONE)
-    with pytest.raises(CheckpointError, match="exists: choose another run_name"):
-        open_run("sft", "run", config_in(tmp_path, resume=False), ALONE)
-    (tmp_path / "sft/mine").mkdir()
-    (tmp_path / "sft/mine/thesis.txt").write_text("precious")
-    with pytest.raises(CheckpointError, match="not empty and not a run"):
-        open_run("sft", "mine", config_in(tmp_path), ALONE)
+class Fp16Training:
+    """A tiny model with dropout in fp16. The first loss scale is too large, and it grows soon."""
+
+    steps = 10
+
+    def __init__(self, optimizer: str):
+        self.model = tiny_model(dropout=0.1).train()
+        config = OPTIMIZER | {"optimizer": optimizer, "warmup_ratio": 0.2, "min_lr_ratio": 0.1}
+        self.config, self.optimizers = config, optim.build(self.model, config)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
+        self.rt = Runtime(CPU, torch.float16, scaler)
+        self.scales: list[float] = []
+        self.unchanged: dict[bool, list[bool]] = {True: [], False: []}  # by: is the norm finite?
+
+    @property
+    def parts(self):
+        return self.model, self.optimizers, self.rt
+
+    def run(self, first: int, last: int):
+        for step in range(first, last + 1):
+            optim.set_learning_rate(self.optimizers, step, self.steps, self.config)
+            draw = torch.Generator().manual_seed(step)
+            ids = torch.randint(1, 64, (4, 16), generator=draw)
+            self.rt.seed(1, step)
+            with self.rt.autocast():
+                loss = self.model(ids, labels=ids, skip_logits=True).loss
+            self.rt.backward(loss)
+            before = [parameter.detach().clone() for parameter in self.model.parameters()]
+            norm = optim.step(self.model, self.optimizers, self.rt, 1.0)
+            unchanged = all(map(torch.equal, before, self.model.parameters()))
+            self.unchanged[math.isfinite(norm)].append(unchanged)
+            self.scales.append(self.rt.scaler.get_scale())
 
 
-def test_a_folder_in_use_is_refused(tmp_path, run_python):
-    config = config_in(tmp_path)
-    open_run("sft", "run", config, ALONE)
-    code = (
-        "from types import SimpleNamespace as S; from checkpoint import open_run; "
-        f"open_run('sft', 'run', {config!r}, S(is_main_process=True, num_processes=1))"
-    )
-    done = run_python(code)
-    assert done.returncode != 0
-    assert "is in use by another run" in done.stderr
+@pytest.mark.parametrize("cut_off_after", [2, 4, 7])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fp16_skips_an_overflowing_step_and_resume_restores_the_scale(
+    tmp_path, optimizer, cut_off_after
+):
+    straight = Fp16Training(optimizer)
+    straight.run(1, straight.steps)
+    assert straight.unchanged[False], "a scale of 2^20 overflows fp16 at first"
+    assert all(straight.unchanged[False])
+    assert straight.unchanged[True], "and then it trains"
+    assert not any(straight.unchanged[True])
+    changes = list(pairwise(straight.scales))
+    assert any(after < before for before, after in changes)
+    assert any(after > before for before, after in changes), "and after 3 good steps it grows"
+
+    cut_off = Fp16Training(optimizer)
+    cut_off.run(1, cut_off_after)
+    save(open_run_in(tmp_path), cut_off_after, parts=cut_off.parts)
+    cut_off.run(cut_off_after + 1, cut_off_after + 1)  # of no use: the run is lost here
+
+    resumed = Fp16Training(optimizer)
+    state = checkpoint.resume(open_run_in(tmp_path), *resumed.parts)
+    resumed.run(state["step"] + 1, resumed.steps)
+    assert resumed.scales == straight.scales[cut_off_after:]
+    expected = straight.model.state_dict()
+    for name, weight in resumed.model.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
 
 
-def test_an_output_folder_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"output_dir .*: Not a .*; choose another folder"):
-        open_run("sft", None, config_in(tmp_path / "file"), ALONE)
-    monkeypatch.setattr(
-        "engine.checkpoint.os.access", lambda *_: False
-    )  # for root nothing is forbidden
-    with pytest.raises(CheckpointError, match=r"output_dir '.*': no permission to write there; ch"):
-        open_run("sft", None, config_in(tmp_path), ALONE)
-
-
-def test_other_data_is_refused(tmp_path):
-    run = open_run("sft", "run", config_in(tmp_path), ALONE)
-    check_same_data(run, "b")
-    run.state = {"data_fingerprint": "a"}
-    check_same_data(run, "a")
-    with pytest.raises(CheckpointError, match="trained on other data"):
-        check_same_data(run, "b")
-
-
-def test_the_newest_final_of_a_stage_is_found_and_none_names_the_command(tmp_path):
-    with pytest.raises(ValueError, match=r"run `python train_llm\.py` first"):
-        find_final(str(tmp_path), "pretrain", "train_llm.py")
-    for age, name in enumerate(("b", "a")):
-        (tmp_path / "pretrain" / name / "final").mkdir(parents=True)
-        os.utime(tmp_path / "pretrain" / name / "final", (1000 + age, 1000 + age))
-    assert find_final(str(tmp_path), "pretrain", "x").parent.name == "a"
+# --- the final folder -------------------------------------------------------------------------
 
 
 def test_a_model_folder_is_checked_against_the_tokenizer_and_its_context_grows(tmp_path, tokenizer):
-    run = open_run("pretrain", "run", config_in(tmp_path), ALONE)
-    final = save_final(run, tiny_model(vocab_size=len(tokenizer), max_seq_len=16), tokenizer)
+    model = tiny_model(vocab_size=len(tokenizer), max_seq_len=16)
+    final = checkpoint.save_final(open_run_in(tmp_path), model, tokenizer, ALONE)
     said = []
     model = load_model_folder(str(final), tokenizer, 0.1, 64, said.append)
     assert model.config.max_seq_len == 64
@@ -199,14 +227,11 @@ def test_a_model_folder_is_checked_against_the_tokenizer_and_its_context_grows(t
     assert tokenizer_config["eos_token_id"] == sorted(stops)
 
 
-def test_a_run_may_go_on_with_other_micro_batches_but_the_same_rows_of_a_step(tmp_path):
-    config = config_in(tmp_path, batch_size=8, gradient_accumulation_steps=2)
-    folder = open_run("sft", "run", config, ALONE).folder
-    assert changed_keys(folder, config | {"batch_size": 4, "gradient_accumulation_steps": 4}) == []
-    two_ranks = config | {"num_processes": 2}
-    assert changed_keys(folder, two_ranks | {"gradient_accumulation_steps": 1}) == []
-    [problem] = changed_keys(folder, two_ranks)
-    assert problem == "batch_size * gradient_accumulation_steps * num_processes: 16 -> 32"
+def test_a_tokenizer_of_more_tokens_than_the_models_vocabulary_is_refused(tmp_path, tokenizer):
+    final = checkpoint.save_final(open_run_in(tmp_path), tiny_model(), tokenizer, ALONE)
+    message = rf"tokenizer has {len(tokenizer)} tokens, more than the 64 .* that folder's own token"
+    with pytest.raises(ValueError, match=message):
+        load_model_folder(final, tokenizer, 0.0, 16, print)
 
 
 def test_tools_take_the_cpu_where_torch_is_built_for_cuda_but_there_is_no_driver(

@@ -8,10 +8,12 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import cpu_runtime, tiny_model
 
-from corpus.readers import DiskFullError, atomic_folder, write_whole
-from engine.checkpoint import Run
-from engine.report import Tracker, read_metrics
+from engine import checkpoint, optim
+from engine.disk import DiskFullError, atomic_folder, write_whole
+from engine.runs import Run
+from engine.tracker import Tracker, read_metrics
 from tokenizer import train_tokenizer
 
 
@@ -71,3 +73,22 @@ def test_metrics_that_cannot_be_written_are_the_same_error_and_the_whole_lines_r
     with full_disk(), pytest.raises(DiskFullError, match=r"metrics\.jsonl could not be written"):
         tracker.log({"text": "字" * 1000}, 2)
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_nothing_and_the_one_before_stays(tmp_path):
+    run, model, config = Run(tmp_path), tiny_model(), {"keep_checkpoints": 1}
+    optimizers = optim.build(
+        model, {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}
+    )
+
+    def save(step: int):
+        state = {"step": step, "val_loss": None}
+        return checkpoint.save(run, model, optimizers, cpu_runtime(), state, config)
+
+    first = save(1)
+    with full_disk(), pytest.raises(DiskFullError, match=r"step_00000002 could not be written"):
+        save(2)
+    assert os.listdir(tmp_path) == [first.name]
+    assert run.checkpoint == first
+    assert checkpoint.find_damage(first) is None
+    assert save(2).exists()

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from curves import plot_curves, smooth
-from engine.report import read_metrics
+from engine.plots import plot_curves, smooth
+from engine.tracker import read_metrics
 
 
 def test_smoothing_starts_at_the_first_value_and_follows_a_constant():
@@ -36,6 +36,7 @@ def test_a_run_with_hardly_any_metrics_is_drawn_too(tmp_path):
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_names_a_folder_without_metrics(run_script, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
     done = run_script("curves.py", tmp_path)

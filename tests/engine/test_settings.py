@@ -1,9 +1,29 @@
+import argparse
+import ast
+import inspect
+import io
 import re
+import sys
+import tokenize
 
 import pytest
 
-from engine.settings import parse_arguments, resolve_config, run_from_command_line
+import dpo_train
+import sft_train
+import train_llm
+from engine.settings import (
+    make_parser,
+    parse_arguments,
+    read_comments,
+    resolve,
+    run_from_command_line,
+)
 
+STAGES = {
+    "train_llm": (train_llm, train_llm.train),
+    "sft_train": (sft_train, sft_train.train_sft),
+    "dpo_train": (dpo_train, dpo_train.train_dpo),
+}
 DEFAULTS = {
     "batch_size": 32,
     "learning_rate": 5e-4,
@@ -13,18 +33,31 @@ DEFAULTS = {
     "mixed_precision": "fp16",
     "torch_compile": "auto",
     "warmup_ratio": 0.1,
+    "gradient_checkpointing": False,
 }
 
 
+def stage(run_name=None, wandb_config=None):
+    """In a stage's place: it shows what it was called with."""
+    raise ValueError(f"called with {run_name} {wandb_config}")
+
+
+def command_line(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["stage.py", *words])
+
+
+# --- keys and values --------------------------------------------------------------------------
+
+
 def test_a_subset_of_keys_takes_the_rest_from_the_script():
-    assert resolve_config(DEFAULTS, {"batch_size": 4}) == DEFAULTS | {"batch_size": 4}
-    assert resolve_config(DEFAULTS, None) == DEFAULTS
+    assert resolve(DEFAULTS, {"batch_size": 4}) == DEFAULTS | {"batch_size": 4}
+    assert resolve(DEFAULTS, None) == DEFAULTS
 
 
 def test_an_unknown_key_names_the_nearest_and_all_problems_come_together():
     wrong = {"batchsize": 4, "learning_rate": "fast", "warmup_ratio": 2}
     with pytest.raises(ValueError, match="batchsize") as raised:
-        resolve_config(DEFAULTS, wrong)
+        resolve(DEFAULTS, wrong)
     for part in ("the nearest is 'batch_size'", "learning_rate='fast'", "at most 1"):
         assert part in str(raised.value)
 
@@ -41,70 +74,174 @@ def test_an_unknown_key_names_the_nearest_and_all_problems_come_together():
         ("learning_rate", float("nan"), "a number"),
         ("mixed_precision", "int8", "one of 'fp16', 'bf16', 'no'"),
         ("torch_compile", 1, "one of 'auto', True, False"),
+        ("gradient_checkpointing", "some", "one of False, 'selective', 'full', 'attention', True"),
+        ("gradient_checkpointing", 1, "one of False, 'selective', 'full', 'attention', True"),
         ("learning_rate", -1e-3, "at least 0"),
         ("warmup_ratio", 2, "at most 1"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(key, value, wanted):
     with pytest.raises(ValueError, match=re.escape(f"{key}={value!r} must be {wanted}.")):
-        resolve_config(DEFAULTS, {key: value})
+        resolve(DEFAULTS, {key: value})
 
 
 def test_whole_numbers_are_numbers_and_optional_keys_take_a_value():
-    config = resolve_config(DEFAULTS, {"learning_rate": 1, "n_kv_heads": 2, "torch_compile": True})
+    config = resolve(DEFAULTS, {"learning_rate": 1, "n_kv_heads": 2, "torch_compile": True})
     assert (config["learning_rate"], config["n_kv_heads"], config["torch_compile"]) == (1, 2, True)
 
 
-def test_the_command_line_gives_typed_values_in_both_spellings():
-    words = "--batch_size 16 --use_moe=true --learning_rate 1e-3 --n_kv_heads none --dataset 7"
-    assert parse_arguments(words.split(), DEFAULTS) == {
+@pytest.mark.parametrize("level", [False, True, "selective", "attention", "full"])
+def test_every_level_of_gradient_checkpointing_is_taken_also_from_the_command_line(level):
+    assert resolve(DEFAULTS, {"gradient_checkpointing": level})["gradient_checkpointing"] is level
+    parsed = parse_arguments([f"--gradient_checkpointing={level}"], stage, DEFAULTS)
+    assert resolve(DEFAULTS, parsed)["gradient_checkpointing"] == level
+
+
+def test_a_path_object_is_as_good_as_its_text(tmp_path):
+    assert resolve({"init_from": None}, {"init_from": tmp_path})["init_from"] == str(tmp_path)
+
+
+# --- the command line -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["--{} {}", "--{}={}"])
+def test_the_command_line_gives_typed_values_in_both_spellings(spelling):
+    given = {"batch_size": "16", "use_moe": "true", "learning_rate": "1e-3", "dataset": "7"}
+    given |= {"n_kv_heads": "none", "run_name": "5"}
+    words = " ".join(spelling.format(*item) for item in given.items()).split()
+    assert parse_arguments(words, stage, DEFAULTS) == {
         "batch_size": 16,
         "use_moe": True,
         "learning_rate": 1e-3,
         "n_kv_heads": None,
         "dataset": "7",
+        "run_name": "5",
     }
+
+
+@pytest.mark.parametrize("number", ["-1", "-0.5"])
+def test_a_negative_number_is_a_value_and_no_option(number):
+    parsed = parse_arguments(["--batch_size", number], stage, DEFAULTS)
+    with pytest.raises(ValueError, match=f"batch_size={number} must be "):
+        resolve(DEFAULTS, parsed)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("batch_size 1", "expected --key value, found 'batch_size'. Keys: batch_size, "),
-        ("--use_moe true --batch_size", "--batch_size needs a value."),
+        ("batch_size 1", "expected --key value, found 'batch_size'. --help lists the keys."),
+        ("--batch_size 1 2", "expected --key value, found '2'. --help lists the keys."),
+        ("--use_moe true --batch_size", "argument --batch_size: expected one argument"),
+        ("--batch_size --use_moe true", "argument --batch_size: expected one argument"),
     ],
 )
 def test_a_malformed_command_line_is_refused(words, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        parse_arguments(words.split(), DEFAULTS)
+        parse_arguments(words.split(), stage, DEFAULTS)
+
+
+@pytest.mark.parametrize("words", ["--batch_siz 3", "--batch_siz=3", "--use_moe true --batch_siz"])
+def test_an_unknown_key_of_the_command_line_names_the_nearest_known_one(monkeypatch, words):
+    command_line(monkeypatch, *words.split())
+    with pytest.raises(SystemExit) as stopped:
+        train_llm.main()
+    message = "error: wandb_config: unknown key 'batch_siz'; the nearest is 'batch_size'."
+    assert stopped.value.code == message
 
 
 def test_an_error_becomes_one_line_and_exit_code_1(monkeypatch):
-    def stage(run_name=None, wandb_config=None):
-        raise ValueError(f"bad {run_name} {wandb_config}")
-
-    monkeypatch.setattr("sys.argv", ["stage.py", "--run_name", "one", "--batch_size", "2"])
+    command_line(monkeypatch, "--run_name", "one", "--batch_size", "2")
     with pytest.raises(SystemExit) as stopped:
         run_from_command_line(stage, DEFAULTS)
-    assert stopped.value.code == "error: bad one {'batch_size': 2}"
+    assert stopped.value.code == "error: called with one {'batch_size': 2}"
 
 
-def test_help_lists_every_key_and_runs_nothing(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["stage.py", "--help"])
-    run_from_command_line(test_help_lists_every_key_and_runs_nothing, DEFAULTS)
-    printed = capsys.readouterr().out
-    assert all(f"--{key} {value}" in printed for key, value in DEFAULTS.items())
+def test_a_malformed_command_line_becomes_one_line_too(monkeypatch, capsys):
+    command_line(monkeypatch, "--batch_size")
+    with pytest.raises(SystemExit) as stopped:
+        run_from_command_line(stage, DEFAULTS)
+    assert stopped.value.code == "error: argument --batch_size: expected one argument"
+    assert capsys.readouterr().err == "", "no usage over many lines"
 
 
 def test_ctrl_c_outside_the_loop_is_one_line_too(monkeypatch):
-    def stage(wandb_config=None):
+    def interrupted(wandb_config=None):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sys.argv", ["stage.py"])
+    command_line(monkeypatch)
     with pytest.raises(SystemExit, match=r"interrupted: .*run the same command again"):
+        run_from_command_line(interrupted, DEFAULTS)
+
+
+# --- what --help shows ------------------------------------------------------------------------
+
+
+def comments_by_key(module) -> dict[str, str]:
+    """The comment behind each key of wandb_config, as Python itself reads the script."""
+    source = inspect.getsource(module)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
+    [keys] = [
+        node.value.keys
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "wandb_config"
+        if isinstance(node.value, ast.Dict)
+    ]
+    return {key.value: comments[key.lineno] for key in keys if key.lineno in comments}
+
+
+@pytest.mark.parametrize(("module", "function"), STAGES.values(), ids=STAGES)
+def test_help_shows_every_key_with_its_comment_and_default(monkeypatch, capsys, module, function):
+    monkeypatch.setenv("COLUMNS", "500")  # no help text is broken into lines
+    command_line(monkeypatch, "--help")
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    shown = dict(re.findall(r"^ +--(\w+) VALUE\s+(.*)$", printed, flags=re.MULTILINE))
+    comments = comments_by_key(module)
+    assert len(comments) > 15
+    assert read_comments(inspect.getsource(module)) == comments
+    assert shown == {
+        key: f"{comments.get(key, '')} (default: {default})".strip()
+        for key, default in module.DEFAULTS.items()
+    }
+    own = set(re.findall(r"^ +--(\w+) TEXT\s", printed, flags=re.MULTILINE))
+    assert own == inspect.signature(function).parameters.keys() - {"wandb_config"}
+    assert module.__doc__.strip() in printed
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--batch_size", "2", "--help"]])
+def test_help_lists_every_key_and_runs_nothing(monkeypatch, capsys, words):
+    command_line(monkeypatch, *words)
+    with pytest.raises(SystemExit) as stopped:
         run_from_command_line(stage, DEFAULTS)
+    assert stopped.value.code == 0, "the stage raises an error where it is called"
+    printed = " ".join(capsys.readouterr().out.split())
+    for key, default in DEFAULTS.items():
+        assert f"--{key} VALUE (default: {default})" in printed
 
 
-def test_a_path_object_is_as_good_as_its_text(tmp_path):
-    assert resolve_config({"init_from": None}, {"init_from": tmp_path})["init_from"] == str(
-        tmp_path
+def test_every_key_is_an_option_of_an_argparse_parser_and_none_can_be_abbreviated():
+    parser = make_parser(stage, DEFAULTS)
+    assert isinstance(parser, argparse.ArgumentParser)
+    assert vars(parser.parse_args(["--warmup_ratio", "0.5"])) == {"warmup_ratio": 0.5}
+    with pytest.raises(ValueError, match="unrecognized arguments: --warmup 1"):
+        parser.parse_args(["--warmup", "1"])
+
+
+def test_comments_are_those_behind_the_keys_of_wandb_config_and_no_others():
+    source = (
+        "before = {\n"
+        '    "seed": 1,  # of something else\n'
+        "}\n"
+        "wandb_config = {\n"
+        "    # model\n"
+        '    "d_model": 512,\n'
+        '    "dataset": "a # b.jsonl",  # file, "folder" or glob; 100% text\n'
+        "}\n"
+        "after = {\n"
+        '    "d_model": 2,  # of something else\n'
+        "}\n"
     )
+    assert read_comments(source) == {"dataset": 'file, "folder" or glob; 100% text'}

@@ -1,25 +1,28 @@
 """Attention: packed rows by document bounds equal packed rows by mask; which kernel runs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from kernels.masks import ATTENTION_KERNELS, attend, build_attention_mask, can_attend_by_document
+from tiny import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels
 from corpus.packing import PackedCollator
-from engine.steps import checkpoint_blocks
-from kernels import masks as attention
-from models import CustomLLM, CustomLLMConfig
+from engine.memory import checkpoint_activations
+from kernels.attention import ATTENTION_KERNELS
+from models import CustomLLM, build_attention_mask
 
 LENGTH = 12
+BACKENDS = [kernels.CPU, kernels.CUDA, kernels.REFERENCE]
 
 
-def tiny_model(**options) -> CustomLLM:
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "d_ff": 64}
-    return CustomLLM(CustomLLMConfig(64, max_seq_len=LENGTH, **(sizes | options))).train()
+def grouped_model(**options) -> CustomLLM:
+    """In training mode, four heads on two keys."""
+    sizes = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "max_seq_len": LENGTH}
+    return tiny_model(**sizes | options).train()
 
 
 def packed_batch() -> dict:
@@ -32,10 +35,12 @@ def packed_batch() -> dict:
 
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
-def test_packed_rows_by_bounds_equal_packed_rows_by_mask(monkeypatch, use_moe):
-    model, batch, results = tiny_model(use_moe=use_moe), packed_batch(), []
+def test_packed_rows_by_bounds_equal_packed_rows_by_mask(use_moe):
+    model, batch, results = grouped_model(use_moe=use_moe), packed_batch(), []
     for by_bounds in (False, True):
-        monkeypatch.setattr("models.can_attend_by_document", lambda *_, answer=by_bounds: answer)
+        model.backend = replace(
+            kernels.CPU, can_attend_by_document=lambda *_, answer=by_bounds: answer
+        )
         model.zero_grad()
         output = model(**batch)
         output.loss.backward()
@@ -46,21 +51,19 @@ def test_packed_rows_by_bounds_equal_packed_rows_by_mask(monkeypatch, use_moe):
 
 
 @pytest.mark.parametrize("level", [False, "attention", "full"])
-def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(monkeypatch, level):
+def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(level):
     # Shapes only: tensors without contents, since the kernel itself needs a GPU.
-    monkeypatch.setattr("models.can_attend_by_document", lambda *_: True)
-    monkeypatch.setattr(attention, "IN_BLOCKS", set())
-    monkeypatch.setattr("kernels.cross_entropy.SKIPS_IGNORED", set())  # as on a GPU
-    kernels, mode = [], FakeTensorMode()
+    called, mode = [], FakeTensorMode()
     with mode:
-        model = tiny_model()
-    checkpoint_blocks(model, level)
+        model = grouped_model()
+    model.backend = replace(kernels.CUDA, can_attend_by_document=lambda *_: True)
+    checkpoint_activations(model, level)
     batch = {name: mode.from_tensor(tensor) for name, tensor in packed_batch().items()}
-    with mode, RecordKernels(kernels), torch.autocast("cpu", torch.bfloat16):
+    with mode, RecordKernels(called), torch.autocast("cpu", torch.bfloat16):
         model(**batch, num_items_in_batch=1, skip_logits=True).loss.backward()
     assert all(p.grad.shape == p.shape for p in model.parameters())
     repeats = 2 if level == "full" else 1
-    assert kernels == [torch.ops.torch_attn._varlen_attn.default] * model.config.n_layers * repeats
+    assert called == [torch.ops.torch_attn._varlen_attn.default] * model.config.n_layers * repeats
 
 
 @pytest.mark.parametrize("give_positions", [True, False])
@@ -75,31 +78,44 @@ def test_every_query_has_a_key_also_in_left_padding(give_positions):
 class RecordKernels(TorchDispatchMode):
     """Appends every attention kernel that is called to a list."""
 
-    def __init__(self, kernels: list):
+    def __init__(self, called: list):
         super().__init__()
-        self.kernels = kernels
+        self.called = called
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in ATTENTION_KERNELS:
-            self.kernels.append(function)
+            self.called.append(function)
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("masked", [False, True])
-def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(monkeypatch, masked, dropout):
+def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(masked, dropout):
     q, k, v = torch.randn(3, 2, 4, 8, 16, generator=torch.manual_seed(0)).unbind()
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril() if masked else None
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    blocked = torch.ops.llm.tiled_attention.default
-    expected = [flash] if masked else [blocked]
-    for devices in ({"cpu"}, set()):  # as on a CPU; as on a GPU
-        kernels = []
-        monkeypatch.setattr(attention, "IN_BLOCKS", devices)
-        with RecordKernels(kernels):
-            attend(q, k[:, :2], v[:, :2], mask, dropout)
+    on_cpu = flash if masked else torch.ops.llm.tiled_attention.default
+    for backend, expected in ((kernels.CPU, on_cpu), (kernels.CUDA, flash)):
+        called = []
+        with RecordKernels(called):
+            backend.attend(q, k[:, :2], v[:, :2], mask, dropout)
         # SDPA's CPU kernel has no dropout: it is written out there.
-        assert kernels == ([] if dropout else expected if devices else [flash])
+        assert called == ([] if dropout else [expected])
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_takes_weights_of_attention_away_and_scales_the_rest(masked, backend):
+    q = torch.zeros(1, 1, 64, 64)  # every key that a query sees weighs the same
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril() if masked else None
+    torch.manual_seed(0)
+    weights = backend.attend(q, q, torch.eye(64)[None, None], mask, 0.25)[0, 0]  # (query, key)
+    relative = weights * torch.arange(1, 65)[:, None]
+    seen = relative[torch.ones(64, 64, dtype=torch.bool).tril()]
+    dropped = seen == 0
+    torch.testing.assert_close(seen[~dropped], torch.full_like(seen[~dropped], 1 / 0.75))
+    assert 0.2 < dropped.float().mean() < 0.3
+    assert not weights.triu(1).any()
 
 
 @pytest.mark.parametrize(
@@ -117,18 +133,26 @@ def test_the_varlen_kernel_is_chosen_where_it_runs(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert can_attend_by_document(weight, dropout) is expected
+    assert kernels.CUDA.can_attend_by_document(weight, dropout) is expected
     weight.dtype = torch.float32
-    assert not can_attend_by_document(weight, dropout)
+    assert not kernels.CUDA.can_attend_by_document(weight, dropout)
+    # torch.autocast("cuda") turns itself off where there is no GPU.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: dtype)
-    assert can_attend_by_document(weight, dropout) is expected
+    assert kernels.CUDA.can_attend_by_document(weight, dropout) is expected
+
+
+def test_the_varlen_kernel_is_not_chosen_on_other_devices_than_cuda():
+    for device in (torch.device("cpu"), torch.device("mps")):
+        weight = SimpleNamespace(device=device, dtype=torch.float16)
+        assert not kernels.CUDA.can_attend_by_document(weight, 0.0)
 
 
 def test_on_a_cpu_packed_rows_run_in_one_call_a_layer():
-    model, batch, kernels = tiny_model(), packed_batch(), []
+    model, batch, called = grouped_model(), packed_batch(), []
     weight = model.lm_head.weight
-    assert [can_attend_by_document(weight, dropout) for dropout in (0.0, 0.1)] == [True, False]
-    with RecordKernels(kernels):
+    can = model.backend.can_attend_by_document
+    assert [can(weight, dropout) for dropout in (0.0, 0.1)] == [True, False]
+    with RecordKernels(called):
         model(**batch)
-    assert kernels == [torch.ops.llm.tiled_attention.default] * model.config.n_layers
+    assert called == [torch.ops.llm.tiled_attention.default] * model.config.n_layers

@@ -1,12 +1,13 @@
-"""SwiGLU in blocks: the values and gradients of its separate operations, in less memory."""
+"""SwiGLU in tiles: the values and gradients of its separate operations, in less memory."""
 
 import pytest
 import torch
 from tiny import kept_bytes
 from torch import nn
 
-from kernels.experts import SwiGLU
-from kernels.swiglu import BLOCK, blocked_swiglu
+import kernels
+from kernels.swiglu import TILE, tiled_swiglu
+from models import SwiGLU
 
 D_MODEL, D_FF = 16, 24
 
@@ -19,44 +20,40 @@ def make(tokens: int, dtype=torch.float64) -> tuple[SwiGLU, torch.Tensor, torch.
     return layer, x.requires_grad_(), grad
 
 
-def run(layer, x, grad) -> list[torch.Tensor]:
+def run(layer, x, grad, backend=kernels.CPU) -> list[torch.Tensor]:
     """[output, gradients of x and the three weights]"""
-    output = layer(x)
+    output = layer(x, backend)
     return [output, *torch.autograd.grad(output, (x, *layer.parameters()), grad)]
 
 
-@pytest.fixture
-def separate(monkeypatch):
-    """Runs a layer as on a GPU: one operation after the other."""
-
-    def run_separately(*arguments):
-        with monkeypatch.context() as patch:
-            patch.setattr("kernels.masks.IN_BLOCKS", set())
-            return run(*arguments)
-
-    return run_separately
+def run_separately(*arguments) -> list[torch.Tensor]:
+    """As on a GPU: one operation after the other."""
+    return run(*arguments, kernels.CUDA)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, BLOCK, BLOCK + 1, 2 * BLOCK + 7])
-def test_values_and_gradients_are_those_of_the_separate_operations(separate, tokens):
+@pytest.mark.parametrize("tokens", [0, 1, TILE, TILE + 1, 2 * TILE + 7])
+def test_values_and_gradients_are_those_of_the_separate_operations(tokens):
     arguments = make(tokens)
-    assert "blocked_swiglu" in str(arguments[0](arguments[1]).grad_fn.next_functions).lower()
-    torch.testing.assert_close(run(*arguments), separate(*arguments), atol=1e-12, rtol=1e-12)
+    assert (
+        "tiled_swiglu"
+        in str(arguments[0](arguments[1], kernels.CPU).grad_fn.next_functions).lower()
+    )
+    torch.testing.assert_close(run(*arguments), run_separately(*arguments), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_as_close_to_the_truth_as_in_separate_operations(separate, dtype):
-    layer, x, grad = make(2 * BLOCK + 7, dtype)
+def test_sixteen_bits_are_as_close_to_the_truth_as_in_separate_operations(dtype):
+    layer, x, grad = make(2 * TILE + 7, dtype)
     with torch.autocast("cpu", dtype):
-        results = [run(layer, x, grad), separate(layer, x, grad)]
+        results = [run(layer, x, grad), run_separately(layer, x, grad)]
     assert [r.dtype for r in results[0]] == [r.dtype for r in results[1]]
-    truth = separate(layer.double(), x.detach().double().requires_grad_(), grad.double())
-    for blocked, plain, exact in zip(*results, truth, strict=True):
-        assert (blocked - exact).norm() < 1.1 * (plain - exact).norm()
+    truth = run_separately(layer.double(), x.detach().double().requires_grad_(), grad.double())
+    for tiled, plain, exact in zip(*results, truth, strict=True):
+        assert (tiled - exact).norm() < 1.1 * (plain - exact).norm()
 
 
 def test_weights_of_sixteen_bits_get_gradients_that_were_added_up_in_more():
-    layer, x, grad = make(8 * BLOCK, torch.bfloat16)
+    layer, x, grad = make(8 * TILE, torch.bfloat16)
     exact = run(layer, x, grad)[1:]
     rounded = run(layer.bfloat16(), x, grad)[1:]
     for mine, other in zip(rounded[1:], exact[1:], strict=True):
@@ -67,28 +64,30 @@ def test_weights_of_sixteen_bits_get_gradients_that_were_added_up_in_more():
 def test_only_the_input_and_the_two_wide_tensors_are_kept():
     layer, x, _ = make(7)
     weights = sum(p.nbytes for p in layer.parameters())
-    assert kept_bytes(lambda: layer(x)) == weights + x.nbytes + 2 * 7 * D_FF * x.itemsize
+    assert (
+        kept_bytes(lambda: layer(x, kernels.CPU)) == weights + x.nbytes + 2 * 7 * D_FF * x.itemsize
+    )
 
 
 @pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
 def test_a_projection_that_an_adapter_has_wrapped_is_called(name):
     layer, x, _ = make(3)
-    before = layer(x)
+    before = layer(x, kernels.CPU)
     setattr(layer, name, nn.Sequential(getattr(layer, name), nn.Dropout(1.0)))
-    assert not layer(x).equal(before)
-    assert not layer(x).any()
+    assert not layer(x, kernels.CPU).equal(before)
+    assert not layer(x, kernels.CPU).any()
 
 
 def test_it_is_an_operator_as_torch_wants_one():
     layer, x, _ = make(5)
     weights = [p.weight for p in (layer.gate_proj, layer.up_proj, layer.down_proj)]
-    torch.library.opcheck(blocked_swiglu, (x, *weights))
+    torch.library.opcheck(tiled_swiglu, (x, *weights))
 
 
 def test_a_compiled_caller_is_one_graph_with_equal_gradients():
-    arguments = layer, x, grad = make(BLOCK + 3)
+    arguments = layer, x, grad = make(TILE + 3)
     expected = run(*arguments)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    output = compiled(x)
+    output = compiled(x, kernels.CPU)
     actual = [output, *torch.autograd.grad(output, (x, *layer.parameters()), grad)]
     torch.testing.assert_close(actual, expected)

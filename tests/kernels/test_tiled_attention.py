@@ -1,12 +1,12 @@
-"""Attention in blocks: SDPA's values and gradients for any documents, at any number of heads."""
+"""Attention in tiles: SDPA's values and gradients for any documents, at any number of heads."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from kernels.masks import build_attention_mask
 
-from kernels.attention import BLOCK, blocked_attention, gather_documents
+from kernels.attention import TILE, gather_documents, tiled_attention
+from models import build_attention_mask
 
 HEAD_DIM = 8
 
@@ -23,7 +23,7 @@ def tensors(heads: int, kv_heads: int, lengths: list[int], dtype=torch.float64) 
 
 
 def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
-    """The same by SDPA with a mask over all tokens: written down, not in blocks."""
+    """The same by SDPA with a mask over all tokens: written down, not in tiles."""
     lengths = bounds.diff().tolist()
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     mask = build_attention_mask(positions, None, positions, past=0)
@@ -37,31 +37,31 @@ def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
     "lengths",
     [
         [1],
-        [BLOCK],
-        [BLOCK + 1, 1, 1],
-        [3, 1, BLOCK // 2 - 4, 5, 2 * BLOCK + 7, 9],  # short ones share a block, up to its half
-        [BLOCK - 1, BLOCK // 2, 1],
+        [TILE],
+        [TILE + 1, 1, 1],
+        [3, 1, TILE // 2 - 4, 5, 2 * TILE + 7, 9],  # short ones share a tile, up to its half
+        [TILE - 1, TILE // 2, 1],
         [0, 5, 0, 4],  # no tokens: no document
     ],
 )
 def test_values_and_gradients_are_those_of_one_mask_over_all_tokens(heads, kv_heads, lengths):
     q, k, v, grad, bounds = tensors(heads, kv_heads, lengths)
     results = []
-    for function in (blocked_attention, attend_by_mask):
+    for function in (tiled_attention, attend_by_mask):
         output = function(q, k, v, bounds)
         results.append([output, *torch.autograd.grad(output, (q, k, v), grad)])
-    for blocked, masked in zip(*results, strict=True):
-        torch.testing.assert_close(blocked, masked, atol=1e-12, rtol=1e-12)
+    for tiled, masked in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, masked, atol=1e-12, rtol=1e-12)
 
 
 def test_only_whole_short_documents_share_a_span():
-    half = BLOCK // 2
-    bounds = [0, 10, half, half + 1, half + 1 + 2 * BLOCK, 3 * BLOCK]
+    half = TILE // 2
+    bounds = [0, 10, half, half + 1, half + 1 + 2 * TILE, 3 * TILE]
     assert [(span.start, span.end, span.documents) for span in gather_documents(bounds)] == [
         (0, half, [0, 10]),
         (half, half + 1, [half]),
-        (half + 1, half + 1 + 2 * BLOCK, [half + 1]),
-        (half + 1 + 2 * BLOCK, 3 * BLOCK, [half + 1 + 2 * BLOCK]),
+        (half + 1, half + 1 + 2 * TILE, [half + 1]),
+        (half + 1 + 2 * TILE, 3 * TILE, [half + 1 + 2 * TILE]),
     ]
 
 
@@ -71,19 +71,19 @@ def test_sixteen_bits_are_nearly_as_close_to_the_truth_as_in_sdpa(dtype):
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     truth, errors = attend_by_mask(*exact, bounds), {}
     truth = [truth, *torch.autograd.grad(truth, exact, grad.double())]
-    for function in (blocked_attention, attend_by_mask):
+    for function in (tiled_attention, attend_by_mask):
         output = function(q, k, v, bounds)
         results = [output, *torch.autograd.grad(output, (q, k, v), grad)]
         errors[function] = [
             ((x - y).norm() / y.norm()).item() for x, y in zip(results, truth, strict=True)
         ]
-    for blocked, sdpa in zip(*errors.values(), strict=True):
-        assert blocked < 2.5 * sdpa
+    for tiled, sdpa in zip(*errors.values(), strict=True):
+        assert tiled < 2.5 * sdpa
 
 
 def test_scores_of_thousands_do_not_overflow():
     q, k, v, grad, bounds = tensors(2, 2, [40], torch.float32)
-    output = blocked_attention(q * 1e3, k * 1e3, v, bounds)
+    output = tiled_attention(q * 1e3, k * 1e3, v, bounds)
     assert output.isfinite().all()
     assert all(x.isfinite().all() for x in torch.autograd.grad(output, (q, k, v), grad))
 
@@ -91,17 +91,17 @@ def test_scores_of_thousands_do_not_overflow():
 def test_it_is_an_operator_as_torch_wants_one():
     # Its schema, fake tensors, autograd registration and torch.compile, by torch's own checks.
     q, k, v, _, bounds = tensors(4, 2, [5, 9])
-    torch.library.opcheck(blocked_attention, (q, k, v, bounds))
+    torch.library.opcheck(tiled_attention, (q, k, v, bounds))
 
 
 def test_a_compiled_caller_is_one_graph_whatever_the_documents():
     explained = torch.compile(
-        lambda q, k, v, bounds: blocked_attention(q * 2, k, v, bounds) * 2,
+        lambda q, k, v, bounds: tiled_attention(q * 2, k, v, bounds) * 2,
         fullgraph=True,
         backend="aot_eager",
     )
     for lengths in ([5, 9], [14], [1, 1, 12]):
         q, k, v, grad, bounds = tensors(4, 2, lengths)
         output = explained(q, k, v, bounds)
-        torch.testing.assert_close(output, blocked_attention(q * 2, k, v, bounds) * 2)
+        torch.testing.assert_close(output, tiled_attention(q * 2, k, v, bounds) * 2)
         output.backward(grad)

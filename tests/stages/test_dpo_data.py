@@ -1,11 +1,18 @@
+"""Preference records to pairs: formats, truncation, what is held out, and how pairs are packed."""
+
 import json
+import re
+from collections import Counter
 
 import pytest
 import torch
-from tiny import write_jsonl
+from tiny import dpo_config, no_training, write_jsonl
 
+from corpus.cache import check_splits
 from corpus.chat_format import FormatError
-from dpo_data import PairCollator, inspect, prepare_dpo_data, shared_question_mask, to_pair
+from dpo_data import PairCollator, inspect, prepare_dpo_data, to_pair
+from dpo_train import train_dpo
+from engine.preference import shared_question_mask
 
 USER = {"role": "user", "content": "问"}
 RECORD = {"instruction": "问", "chosen": "好", "rejected": "坏"}
@@ -134,13 +141,79 @@ def test_few_pairs_still_give_both_splits_and_the_default_is_the_training_one(tm
     assert list(rows) == list(splits["train"])
 
 
-def test_a_second_call_uses_the_cache_and_a_changed_file_is_noticed(
-    tmp_path, tokenizer, monkeypatch
+def numbered(questions: int, answers: int = 1, start: int = 0) -> list[dict]:
+    """Questions that are numbers. A question's second pair comes when all have their first."""
+    return [
+        {"instruction": str(question), "chosen": letter, "rejected": "x"}
+        for letter in "abcdef"[:answers]
+        for question in range(start, start + questions)
+    ]
+
+
+def splits_of(folder, tokenizer, rows, **options) -> tuple[Counter, Counter]:
+    """How often each numbered question is in the training and in the validation split."""
+    splits, _ = prepare(folder, tokenizer, rows, **options)
+    texts = {
+        name: "\n".join(tokenizer.batch_decode(list(splits[name]["prompt_ids"])))
+        for name in ("train", "validation")
+    }
+    train, held_out = (
+        Counter(map(int, re.findall(r"user\n(\d+)<", texts[name]))) for name in texts
+    )
+    return train, held_out
+
+
+def test_the_split_is_a_function_of_the_question_whatever_stands_around_it(tmp_path, tokenizer):
+    """4,096 pairs are rendered at a time: here there are two and three such batches."""
+    rows = numbered(2000, answers=3)
+    train, held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=0.001)
+    assert train + held_out == dict.fromkeys(range(2000), 3)
+    assert not set(train) & set(held_out), "a question with all its pairs is on one side"
+    assert 1 <= len(held_out) <= 10
+    # In another order and with 3,000 more, no question of the second batch is below the ratio.
+    rows.sort(key=lambda record: int(record["instruction"]) not in held_out)
+    rows[held_out.total() : held_out.total()] = numbered(3000, start=2000)
+    more_train, more_held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=0.001)
+    assert train <= more_train
+    assert held_out <= more_held_out
+    assert (more_train + more_held_out).total() == len(rows)
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1 - 1e-9], ids=["all training", "all validation"])
+def test_few_questions_on_one_side_give_both_splits_by_the_smallest_share(
+    tmp_path, tokenizer, ratio
 ):
+    rows = numbered(40, answers=2)
+    train, held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=ratio)
+    assert train + held_out == dict.fromkeys(range(40), 2)
+    assert list(held_out.values()) == [2], "one question, with both its pairs"
+    for larger in (0.1, 0.3):  # the smallest share is the first that a ratio holds out
+        _, more = splits_of(tmp_path, tokenizer, rows, validation_ratio=larger)
+        assert len(more) < 40
+        assert held_out <= more
+
+
+def test_one_question_is_all_training_and_is_refused_before_anything_is_trained(
+    tmp_path, tokenizer, base_model
+):
+    rows = numbered(1, answers=5)
+    path = write_jsonl(tmp_path / "one.jsonl", rows)
+    for ratio in (1e-9, 0.5, 1 - 1e-9):
+        assert splits_of(tmp_path, tokenizer, rows, validation_ratio=ratio) == ({0: 5}, {})
+        splits, _ = prepare(tmp_path, tokenizer, rows, validation_ratio=ratio)
+        with pytest.raises(ValueError, match=r"one\.jsonl: every usable record asks the same"):
+            check_splits(splits, path)
+    message = r"one\.jsonl: every usable record asks the same question, .* one other question\.$"
+    with no_training(), pytest.raises(ValueError, match=message):
+        train_dpo(wandb_config=dpo_config(tmp_path, base_model, dataset=path))
+
+
+def test_a_second_call_uses_the_cache_and_a_changed_file_is_noticed(tmp_path, tokenizer, capsys):
     before = pairs_of(prepare(tmp_path, tokenizer, records(4))[0])
     assert len(pairs_of(prepare(tmp_path, tokenizer, records(5))[0])) == 5
-    monkeypatch.setattr("dpo_data.Renderer", None)
+    assert capsys.readouterr().out.count("Tokenizing") == 2
     assert pairs_of(prepare(tmp_path, tokenizer, records(4))[0]) == before
+    assert "Tokenizing" not in capsys.readouterr().out
 
 
 def test_collated_answers_are_predicted_by_the_token_before_them():
@@ -166,6 +239,18 @@ def test_an_empty_share_of_a_step_is_one_row_of_padding():
     batch = PairCollator(pad_token_id=0)([])
     assert batch["input_ids"].shape == (1, 64)
     assert len(batch["target_ids"]) == len(batch["answer_lengths"]) == 0
+
+
+def test_the_full_batch_that_a_memory_test_runs_is_as_large_as_any_can_be(tmp_path, tokenizer):
+    row = {"instruction": "起" * 100, "chosen": "好" * 100, "rejected": "坏" * 100}
+    splits, collate = prepare(tmp_path, tokenizer, [row, *records(2)])
+    longest = max(pairs_of(splits), key=lambda pair: len(pair["chosen_ids"]))
+    largest = collate([longest | {"reference_logps": [0.0, 0.0]}] * 3)
+    batch = collate.full_batch(3)
+    assert batch.keys() == largest.keys()
+    for name, tensor in largest.items():
+        assert batch[name].numel() >= tensor.numel(), name
+    assert len(batch["answer_lengths"]) == 6
 
 
 def test_an_answer_sees_the_question_and_itself_but_not_the_other_answer():

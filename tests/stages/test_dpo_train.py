@@ -6,21 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import (
+    after_step,
     assert_same_run,
     crash_after,
     dpo_config,
     logged,
+    no_training,
     write_conversations,
+    write_jsonl,
     write_preferences,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import dpo_train
+from corpus.chat_format import as_prompt
 from corpus.make_pairs import make_pairs
-from dpo_train import train_dpo
-from engine.report import read_metrics
-from engine.steps import NumericalError
+from dpo_data import prepare_dpo_data
+from dpo_train import DEFAULTS, pair_losses, train_dpo
+from engine.guards import NumericalError
+from engine.preference import AnswerScorer
+from engine.tracker import read_metrics
+from models import CustomLLM
 
 
 def metrics_of(final) -> list[dict]:
@@ -45,15 +52,13 @@ def test_held_out_accuracy_rises_from_one_half(tmp_path, base_model, capsys):
 
 
 @pytest.mark.parametrize("crash_at", [3, 7])
-def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, monkeypatch, crash_at):
+def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, crash_at):
     for name in ("straight", "crashed"):
         (tmp_path / name).mkdir()
     changes = {"dropout": 0.1, "batch_size": 2}
     straight = train_dpo(wandb_config=dpo_config(tmp_path / "straight", base_model, **changes))
-    with monkeypatch.context() as patch:
-        crash_after(patch, dpo_train, crash_at)
-        with pytest.raises(InterruptedError):
-            train_dpo(wandb_config=dpo_config(tmp_path / "crashed", base_model, **changes))
+    with crash_after(crash_at):
+        train_dpo(wandb_config=dpo_config(tmp_path / "crashed", base_model, **changes))
     resumed = train_dpo(wandb_config=dpo_config(tmp_path / "crashed", base_model, **changes))
     assert_same_run(resumed, straight)
 
@@ -72,26 +77,30 @@ def test_many_small_micro_batches_train_as_one_big_batch(tmp_path, base_model):
 
 
 def test_the_reference_is_computed_once_and_again_when_weights_or_data_change(
-    tmp_path, base_model, monkeypatch
+    tmp_path, base_model, capsys
 ):
-    computed = []
-    real = dpo_train.add_reference_logps.__globals__["reference_logps"]
+    def computes(run_name: str, reference: str | None = None) -> bool:
+        train_dpo(wandb_config=config, run_name=run_name, reference_model_path=reference)
+        printed = capsys.readouterr().out
+        named = f"Computing the reference's log-probabilities with {reference or base_model} …"
+        assert printed.count("Computing the reference's") == printed.count(named)
+        return named in printed
 
-    def count(*arguments):
-        computed.append(1)
-        return real(*arguments)
+    def caches() -> set:
+        return set((tmp_path / "checkpoints" / "cache").glob("reference-*"))
 
-    monkeypatch.setattr("engine.preference.reference_logps", count)
     config = dpo_config(tmp_path, base_model, max_steps=1)
-    first = train_dpo(wandb_config=config, run_name="one")
-    assert len(computed) == 2, "training and validation split"
-    train_dpo(wandb_config=config, run_name="two")
-    assert len(computed) == 2
-    train_dpo(wandb_config=config, run_name="three", reference_model_path=first)
-    assert len(computed) == 4
+    assert computes("one")
+    [first] = caches()
+    assert {path.name for path in first.iterdir()} == {"train.npy", "validation.npy"}
+    written = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert not computes("two")
+    assert computes("three", str(tmp_path / "checkpoints" / "dpo" / "one" / "final"))
+    assert len(caches()) == 2
     write_preferences(tmp_path, count=41)
-    train_dpo(wandb_config=config, run_name="four")
-    assert len(computed) == 6
+    assert computes("four")
+    assert len(caches()) == 3
+    assert written == {path: path.stat().st_mtime_ns for path in first.iterdir()}
 
 
 def test_another_reference_gives_a_margin_at_the_start(tmp_path, base_model):
@@ -112,39 +121,41 @@ def test_a_learning_rate_that_breaks_the_model_warns_saves_and_stops(tmp_path, b
         train_dpo(wandb_config=config | {"stop_on_collapse": True}, run_name="stopped")
 
 
-def test_a_signal_saves_and_exits_with_0(tmp_path, base_model, monkeypatch, capsys):
-    real = dpo_train.optimizer_step
-
-    def step(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(dpo_train, "optimizer_step", step)
-    with pytest.raises(SystemExit) as stopped:
+def test_a_signal_saves_and_exits_with_0(tmp_path, base_model, capsys):
+    stops = after_step(1, lambda _: signal.raise_signal(signal.SIGTERM))
+    with stops, pytest.raises(SystemExit) as stopped:
         train_dpo(wandb_config=dpo_config(tmp_path, base_model))
     assert stopped.value.code == 0
     assert "Stopped by SIGTERM" in capsys.readouterr().out
 
 
-def test_bad_input_stops_before_training(tmp_path, base_model, monkeypatch):
-    crash_after(monkeypatch, dpo_train, 1)
+def test_bad_input_stops_before_training(tmp_path, base_model):
     config = dpo_config(tmp_path, base_model)
-    with pytest.raises(ValueError, match="beta=0 must be above 0"):
+    with no_training(), pytest.raises(ValueError, match="beta=0 must be above 0"):
         train_dpo(wandb_config=config | {"beta": 0})
-    with pytest.raises(ValueError, match="No finished sft run"):
+    with no_training(), pytest.raises(ValueError, match="No finished sft run"):
         train_dpo(wandb_config=config | {"init_from": None})
     Path(config["dataset"]).write_text('{"instruction": "问", "chosen": "好"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"dpo\.jsonl:1: .*found \['chosen', 'instruction'\]"):
+    found = r"dpo\.jsonl:1: .*found \['chosen', 'instruction'\]"
+    with no_training(), pytest.raises(ValueError, match=found):
+        train_dpo(wandb_config=config)
+
+
+def test_pairs_of_one_question_cannot_be_validated_and_stop_before_training(tmp_path, base_model):
+    config = dpo_config(tmp_path, base_model)
+    answers = ({"instruction": "问", "chosen": f"好{i}", "rejected": f"坏{i}"} for i in range(5))
+    write_jsonl(Path(config["dataset"]), answers)
+    found = r"dpo\.jsonl: every usable record asks the same question.* one other question\.$"
+    with no_training(), pytest.raises(ValueError, match=found):
         train_dpo(wandb_config=config)
 
 
 def test_pairs_are_made_from_the_models_own_answers_and_go_on_where_they_stopped(
-    tmp_path, base_model, monkeypatch
+    tmp_path, base_model
 ):
-    monkeypatch.setattr("corpus.make_pairs.MAX_NEW_TOKENS", 8)
     prompts = write_conversations(tmp_path, count=5)
     whole, half = tmp_path / "whole.jsonl", tmp_path / "half.jsonl"
-    make_pairs(base_model, prompts, str(whole))
+    make_pairs(base_model, prompts, str(whole), max_new_tokens=8)
     lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
     records = [json.loads(line) for line in lines]
     answers = {
@@ -155,7 +166,7 @@ def test_pairs_are_made_from_the_models_own_answers_and_go_on_where_they_stopped
     for record in records:
         assert record["chosen"] == answers[record["instruction"]] != record["rejected"]
     half.write_text("".join(lines[:2]) + lines[2][:10], encoding="utf-8")
-    make_pairs(base_model, prompts, str(half))
+    make_pairs(base_model, prompts, str(half), max_new_tokens=8)
     assert half.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
 
 
@@ -190,12 +201,6 @@ def test_the_command_makes_pairs_and_prints_one_line_for_errors(run_script, base
 
 def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     trl = pytest.importorskip("trl", reason="a peer, not a requirement")
-    from datasets import Dataset
-
-    from dpo_data import prepare_dpo_data
-    from engine.preference import AnswerScorer, batch_losses
-    from models import CustomLLM
-
     config = dpo_config(tmp_path, base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.eos_token = "<|im_end|>"
@@ -212,14 +217,14 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     batch = collate(pairs)
     with torch.no_grad():
         batch["reference_logps"] = AnswerScorer(reference)(**batch).view(-1, 2)
-    options = dpo_train.wandb_config | {"beta": 0.3}
-    losses, sums = batch_losses(AnswerScorer(policy)(**batch), batch, options)
+    options = DEFAULTS | {"beta": 0.3}
+    losses, sums = pair_losses(AnswerScorer(policy)(**batch), batch, options)
     losses.mean().backward()
 
     lines = Path(config["dataset"]).read_text(encoding="utf-8").splitlines()
     records = [  # as text, to which TRL adds the end token: its chat format adds a newline more
         {
-            "prompt": dpo_train.as_prompt(tokenizer, r["instruction"]),
+            "prompt": as_prompt(tokenizer, r["instruction"]),
             "chosen": r["chosen"],
             "rejected": r["rejected"],
         }
@@ -248,7 +253,7 @@ def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
     assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-5)
     logged_rewards = trainer._metrics["eval" if not trainer.model.training else "train"]
     chosen = logged_rewards["rewards/chosen"][-1]
-    assert float(sums[1]) / len(pairs) == pytest.approx(chosen, abs=1e-5)
+    assert float(sums["rewards/chosen"]) / len(pairs) == pytest.approx(chosen, abs=1e-5)
     peers = dict(trainer.model.named_parameters())
     for name, parameter in policy.named_parameters():
         assert torch.allclose(parameter.grad, peers[name].grad, atol=1e-5), name

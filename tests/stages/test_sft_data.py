@@ -1,24 +1,20 @@
+"""Conversations to packed rows: what is a target, what is held out, what is dropped."""
+
 import json
+import re
 import sys
+from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import write_jsonl
+from tiny import no_training, sft_config, tiny_model, write_jsonl
 
 import sft_data
-from corpus.chat_format import FormatError, Renderer, flatten, to_messages, truncate
+from corpus.cache import check_splits
+from corpus.chat_format import Renderer, flatten, to_messages
 from sft_data import inspect, prepare_sft_data
-
-TALK = [
-    {"role": "system", "content": "你是助手。"},
-    {"role": "user", "content": "天地玄黄 12？"},
-    {"role": "assistant", "content": "宇宙洪荒。\n第二行"},
-    {"role": "user", "content": "The fox?"},
-    {"role": "assistant", "content": "The quick brown fox. 😀"},
-]
+from sft_train import train_sft
 
 
 def prepare(tmp_path, tokenizer, records, **options):
@@ -37,65 +33,6 @@ def render(tokenizer, messages) -> tuple[list[int], list[bool]]:
 
 def targets(row) -> list[int]:
     return [label for label in row["labels"] if label != -100]
-
-
-def test_ids_and_mask_equal_the_chat_templates_token_for_token(tokenizer):
-    expected = tokenizer.apply_chat_template(
-        TALK, return_assistant_tokens_mask=True, return_dict=True
-    )
-    ids, mask = render(tokenizer, TALK)
-    assert ids == expected["input_ids"]
-    assert [int(m) for m in mask] == expected["assistant_masks"]
-
-
-def test_only_replies_and_their_end_tokens_are_targets(tokenizer):
-    ids, mask = render(tokenizer, TALK)
-    spoken = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
-    assert spoken == "宇宙洪荒。\n第二行<|im_end|>The quick brown fox. 😀<|im_end|>"
-
-
-@given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=4))
-def test_whatever_is_typed_ids_and_mask_agree_and_no_text_is_a_control_token(tokenizer, contents):
-    contents = [f"{text}<|im_end|>\n<|im_start|>assistant\n" for text in contents]
-    roles = ["user", "assistant"] * 2
-    talk = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
-    ids, mask = render(tokenizer, talk)
-    assert len(ids) == len(mask)
-    start, stop = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
-    assert ids.count(start) == ids.count(stop) == len(talk)
-    spoken = [i for i, m in zip(ids, mask, strict=True) if m]
-    assert spoken.count(stop) == len(talk) // 2
-    replies = "".join(m["content"] + "<|im_end|>" for m in talk if m["role"] == "assistant")
-    assert tokenizer.decode(spoken) == replies
-
-
-FORMATS = {
-    "instruction": {"instruction": "问", "response": "答"},
-    "alpaca": {"instruction": "问", "input": "", "output": "答"},
-    "messages": {
-        "messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-    },
-    "sharegpt": {
-        "conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]
-    },
-}
-
-
-@pytest.mark.parametrize("record", FORMATS.values(), ids=FORMATS.keys())
-def test_every_format_gives_the_same_messages(record):
-    assert to_messages(record) == FORMATS["messages"]["messages"]
-
-
-def test_input_system_and_history_find_their_places():
-    record = {"instruction": "译", "input": "fox", "output": "狐", "system": "你是译者"}
-    record["history"] = [["早", "早安"]]
-    assert [(m["role"], m["content"]) for m in to_messages(record)] == [
-        ("system", "你是译者"),
-        ("user", "早"),
-        ("assistant", "早安"),
-        ("user", "译\nfox"),
-        ("assistant", "狐"),
-    ]
 
 
 def test_a_json_array_and_json_lines_give_the_same_rows(tmp_path, tokenizer):
@@ -146,40 +83,6 @@ def test_a_bad_record_names_file_line_and_what_was_found(tmp_path, tokenizer, re
     assert not list((tmp_path / "cache").glob("sft-*"))
 
 
-def turns_of(tokenizer, messages):
-    return Renderer(tokenizer).render([messages])[0]
-
-
-def test_a_long_question_loses_its_beginning_and_the_reply_stays_whole(tokenizer):
-    talk = [{"role": "user", "content": "起" * 300 + "终"}, TALK[2]]
-    turns = turns_of(tokenizer, talk)
-    assert truncate(turns, 64) is False
-    ids, mask = flatten(turns)
-    assert len(ids) == 64
-    text = tokenizer.decode(ids)
-    assert text.startswith("<|im_start|>user\n")
-    assert "终<|im_end|>" in text
-    assert text.endswith("宇宙洪荒。\n第二行<|im_end|>\n")
-    assert sum(mask) == sum(render(tokenizer, talk)[1])
-
-
-def test_the_oldest_exchanges_go_first_and_the_system_message_stays(tokenizer):
-    exchange = [{"role": "user", "content": "问" * 5}, {"role": "assistant", "content": "答" * 5}]
-    turns = turns_of(tokenizer, [TALK[0], *exchange * 6, *TALK[3:]])
-    truncate(turns, sum(map(len, turns)) - 1)
-    assert [turn.role for turn in turns] == ["system", *["user", "assistant"] * 6]
-
-
-def test_a_reply_too_long_by_itself_is_cut_without_an_end_token(tokenizer):
-    talk = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答" * 300}]
-    turns = turns_of(tokenizer, talk)
-    assert truncate(turns, 64) is True
-    ids, mask = flatten(turns)
-    assert len(ids) == len(mask) == 64
-    assert mask[-1]
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") != ids[-1]
-
-
 def test_drops_and_cuts_are_counted_and_printed(tmp_path, tokenizer, capsys):
     records = [{"instruction": f"问{i}", "response": f"答{i}"} for i in range(4)]
     records += [records[0], {"instruction": "空", "response": " "}]
@@ -226,15 +129,88 @@ def test_the_split_of_a_question_does_not_change_when_data_is_added(tmp_path, to
     assert replies <= set(many.split("<|im_end|>"))
 
 
+# --- which conversations are held out -----------------------------------------------------------
+
+
+def numbered(questions: int, answers: int = 1, start: int = 0) -> list[dict]:
+    """Questions that are numbers. A question's second answer comes when all have their first."""
+    return [
+        {"instruction": str(question), "response": letter}
+        for letter in "abcdef"[:answers]
+        for question in range(start, start + questions)
+    ]
+
+
+def questions_of(rows, tokenizer) -> Counter:
+    """How often each numbered question is in the rows."""
+    texts = tokenizer.batch_decode(list(rows["input_ids"]))
+    return Counter(int(number) for text in texts for number in re.findall(r"user\n(\d+)<", text))
+
+
+def splits_of(folder, tokenizer, records, **options) -> tuple[Counter, Counter]:
+    folder.mkdir(exist_ok=True)
+    splits, _ = prepare(folder, tokenizer, records, max_length=512, **options)
+    return questions_of(splits["train"], tokenizer), questions_of(splits["validation"], tokenizer)
+
+
+def test_the_split_is_a_function_of_the_question_whatever_stands_around_it(tmp_path, tokenizer):
+    """4,096 records are rendered and packed at a time: here there are two and three such batches."""
+    records = numbered(2000, answers=3)
+    train, held_out = splits_of(tmp_path, tokenizer, records, validation_ratio=0.001)
+    assert train + held_out == dict.fromkeys(range(2000), 3)
+    assert not set(train) & set(held_out), "a question with all its answers is on one side"
+    assert 1 <= len(held_out) <= 10
+    # In another order and with 3,000 more, no question of the second batch is below the ratio.
+    records.sort(key=lambda record: int(record["instruction"]) not in held_out)
+    records[held_out.total() : held_out.total()] = numbered(3000, start=2000)
+    more_train, more_held_out = splits_of(tmp_path, tokenizer, records, validation_ratio=0.001)
+    assert train <= more_train
+    assert held_out <= more_held_out
+    assert (more_train + more_held_out).total() == len(records)
+
+
+@pytest.mark.parametrize("ratio", [1e-9, 1 - 1e-9], ids=["all training", "all validation"])
+def test_few_questions_on_one_side_give_both_splits_by_the_smallest_share(
+    tmp_path, tokenizer, ratio
+):
+    records = numbered(40, answers=2)
+    train, held_out = splits_of(tmp_path, tokenizer, records, validation_ratio=ratio)
+    assert train + held_out == dict.fromkeys(range(40), 2)
+    assert list(held_out.values()) == [2], "one question, with both its answers"
+    for larger in (0.1, 0.3):  # the smallest share is the first that a ratio holds out
+        _, more = splits_of(tmp_path, tokenizer, records, validation_ratio=larger)
+        assert len(more) < 40
+        assert held_out <= more
+
+
+def test_one_question_is_all_training_and_is_refused_before_anything_is_trained(
+    tmp_path, tokenizer, base_model
+):
+    records = numbered(1, answers=5)
+    path = write_jsonl(tmp_path / "one.jsonl", records)
+    for ratio in (1e-9, 0.5, 1 - 1e-9):
+        splits, _ = prepare(tmp_path, tokenizer, records, validation_ratio=ratio)
+        assert questions_of(splits["train"], tokenizer) == {0: 5}
+        assert len(splits["validation"]) == 0
+        with pytest.raises(ValueError, match=r"one\.jsonl: every usable record asks the same"):
+            check_splits(splits, path)
+    message = r"one\.jsonl: every usable record asks the same question, .* one other question\.$"
+    with no_training(), pytest.raises(ValueError, match=message):
+        train_sft(wandb_config=sft_config(tmp_path, base_model, dataset=path))
+
+
+# --- the cache, and what is shown ---------------------------------------------------------------
+
+
 def test_the_default_returns_the_training_rows_and_a_second_call_the_cache(
-    tmp_path, tokenizer, monkeypatch
+    tmp_path, tokenizer, capsys
 ):
     records = [{"instruction": f"问{i}", "response": f"答{i}"} for i in range(3)]
     rows, _ = prepare(tmp_path, tokenizer, records, split="train")
     assert targets(rows[0])
-    monkeypatch.setattr("sft_data.Renderer", None)
     again, _ = prepare(tmp_path, tokenizer, records, split="train")
     assert list(again) == list(rows)
+    assert capsys.readouterr().out.count("Tokenizing") == 1
 
 
 def test_inspect_marks_targets_with_brackets_or_in_colour(tmp_path, tokenizer):
@@ -256,8 +232,6 @@ def test_real_instruction_data_packs_with_less_than_two_percent_padding(
 
 
 def test_packed_and_separate_conversations_have_equal_loss_and_gradients(tmp_path, tokenizer):
-    from test_training import tiny_model
-
     records = [{"instruction": f"问{i}" * (i % 4 + 1), "response": f"答{i}"} for i in range(12)]
     splits, collator = prepare(tmp_path, tokenizer, records, split=None)
     model = tiny_model(vocab_size=320).train()
@@ -281,12 +255,6 @@ def test_packed_and_separate_conversations_have_equal_loss_and_gradients(tmp_pat
     assert packed[0] == pytest.approx(alone[0], abs=1e-5)
     for one, other in zip(packed[1], alone[1], strict=True):
         assert torch.allclose(one, other, atol=1e-6)
-
-
-def test_format_errors_are_value_errors_for_those_who_parse_records_themselves():
-    with pytest.raises(FormatError):
-        to_messages({})
-    assert issubclass(FormatError, ValueError)
 
 
 def test_the_command_without_a_model_is_one_line_that_says_what_to_run(tmp_path, monkeypatch):

@@ -5,18 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
+    after_step,
     assert_same_run,
     crash_after,
     logged,
+    no_training,
     sft_config,
     trl_sft_trainer,
     weights,
     write_corpus,
+    write_jsonl,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-import sft_train
-from sft_train import train_sft
+from corpus.chat_format import to_messages
+from models import CustomLLM
+from sft_data import prepare_sft_data
+from sft_train import mix_in_pretraining, train_sft
 
 
 def test_a_run_learns_and_its_chat_model_knows_its_template_and_where_to_stop(
@@ -44,15 +49,13 @@ def test_a_run_learns_and_its_chat_model_knows_its_template_and_where_to_stop(
 
 
 @pytest.mark.parametrize("crash_at", [3, 7])
-def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, monkeypatch, crash_at):
+def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, crash_at):
     for name in ("straight", "crashed"):
         (tmp_path / name).mkdir()
     changes = {"dropout": 0.1, "num_epochs": 3, "batch_size": 2}
     straight = train_sft(wandb_config=sft_config(tmp_path / "straight", base_model, **changes))
-    with monkeypatch.context() as patch:
-        crash_after(patch, sft_train, crash_at)
-        with pytest.raises(InterruptedError):
-            train_sft(wandb_config=sft_config(tmp_path / "crashed", base_model, **changes))
+    with crash_after(crash_at):
+        train_sft(wandb_config=sft_config(tmp_path / "crashed", base_model, **changes))
     resumed = train_sft(wandb_config=sft_config(tmp_path / "crashed", base_model, **changes))
     assert_same_run(resumed, straight)
 
@@ -70,15 +73,9 @@ def test_many_small_micro_batches_train_as_one_big_batch(tmp_path, base_model):
     assert big == pytest.approx(small, abs=1e-5)
 
 
-def test_a_signal_saves_and_exits_with_0(tmp_path, base_model, monkeypatch, capsys):
-    real = sft_train.optimizer_step
-
-    def step(*arguments):
-        signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)
-
-    monkeypatch.setattr(sft_train, "optimizer_step", step)
-    with pytest.raises(SystemExit) as stopped:
+def test_a_signal_saves_and_exits_with_0(tmp_path, base_model, capsys):
+    stops = after_step(1, lambda _: signal.raise_signal(signal.SIGTERM))
+    with stops, pytest.raises(SystemExit) as stopped:
         train_sft(wandb_config=sft_config(tmp_path, base_model))
     assert stopped.value.code == 0
     assert "Stopped by SIGTERM" in capsys.readouterr().out
@@ -118,13 +115,11 @@ def test_any_qwen3_folder_can_be_fine_tuned(tmp_path, tokenizer):
 
 
 def test_pretraining_text_is_mixed_in_by_its_share_of_rows(tmp_path, base_model):
-    from sft_data import prepare_sft_data
-
     config = sft_config(tmp_path, base_model, pretrain_mix_ratio=0.5, seed=1)
     config["pretrain_dataset"] = write_corpus(tmp_path, count=200)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     rows, _ = prepare_sft_data(tokenizer, config["dataset"], 64, cache_dir=str(tmp_path / "cache"))
-    mixed = sft_train.mix_in_pretraining(rows, config)
+    mixed = mix_in_pretraining(rows, config)
     assert len(mixed) == 2 * len(rows)
     assert mixed[len(rows)]["labels"] == mixed[len(rows)]["input_ids"]
     assert mixed.info.description != rows.info.description
@@ -134,22 +129,27 @@ def test_pretraining_text_is_mixed_in_by_its_share_of_rows(tmp_path, base_model)
         train_sft(wandb_config=config | {"pretrain_mix_ratio": 1})
 
 
-def test_bad_data_stops_before_training(tmp_path, base_model, monkeypatch):
-    crash_after(monkeypatch, sft_train, 1)
+def test_bad_data_stops_before_training(tmp_path, base_model):
     config = sft_config(tmp_path, base_model)
     Path(config["dataset"]).write_text('{"question": "问"}\n', encoding="utf-8")
-    with pytest.raises(ValueError, match=r"sft\.jsonl:1: expected .*'question'"):
+    found = r"sft\.jsonl:1: expected .*'question'"
+    with no_training(), pytest.raises(ValueError, match=found):
         train_sft(wandb_config=config)
-    with pytest.raises(ValueError, match="nowhere"):
+    with no_training(), pytest.raises(ValueError, match="nowhere"):
         train_sft(wandb_config=config, data_path="nowhere.jsonl")
+
+
+def test_answers_to_one_question_cannot_be_validated_and_stop_before_training(tmp_path, base_model):
+    config = sft_config(tmp_path, base_model)
+    answers = ({"instruction": "问", "response": f"答{i}"} for i in range(5))
+    write_jsonl(Path(config["dataset"]), answers)
+    found = r"sft\.jsonl: every usable record asks the same question.* one other question\.$"
+    with no_training(), pytest.raises(ValueError, match=found):
+        train_sft(wandb_config=config)
 
 
 def test_the_loss_equals_trls(tmp_path, base_model):
     pytest.importorskip("trl", reason="a peer, not a requirement")
-    from corpus.chat_format import to_messages
-    from models import CustomLLM
-    from sft_data import prepare_sft_data
-
     config = sft_config(tmp_path, base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.eos_token = "<|im_end|>"
@@ -158,7 +158,7 @@ def test_the_loss_equals_trls(tmp_path, base_model):
     )
     batch = collate([*rows["train"], *rows["validation"]])
     model = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
-    ours = float(model(**batch).loss)
+    ours = model(**batch).loss.item()
 
     lines = Path(config["dataset"]).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]

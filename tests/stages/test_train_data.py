@@ -1,3 +1,5 @@
+"""Text to packed rows: no token is lost, no document changes its split, and a second call reads."""
+
 import json
 import math
 import os
@@ -5,20 +7,22 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-import train_data
-from corpus import documents as corpus
-from corpus.packing import data_fingerprint, split_windows, target_bytes
+from corpus.cache import data_fingerprint, split_share, target_bytes
+from corpus.documents import iter_documents
+from corpus.packing import split_windows
 from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
-from train_data import inspect, iter_documents, prepare_data, unigram_loss
+from train_data import SHARD_CHARACTERS, inspect, prepare_data, unigram_loss
 
 LENGTH = 32  # tokens in a row
 # Seven digits, each a token, and the end of text: four of them fill a row and none is cut.
 EVEN = [f"{number:07d}" for number in range(200)]
+MAKES_TOKENIZER, MAKES_ROWS = "Training a ", "Tokenizing "  # what is printed where a cache is not
 
 
 def write_records(folder: Path, records) -> str:
@@ -72,12 +76,6 @@ def token_counts(splits: DatasetDict) -> Counter:
 def expected_counts(texts, tokenizer) -> Counter:
     ids = encode_plain(tokenizer, list(texts))
     return Counter(token for document in ids for token in [*document, tokenizer.eos_token_id])
-
-
-def forbid(monkeypatch, *names: str):
-    for name in names:
-        failing = Mock(side_effect=AssertionError(f"{name} was called"))
-        monkeypatch.setattr(train_data, name, failing)
 
 
 def test_every_document_comes_back_whole_with_its_end_in_one_of_two_splits(tmp_path, prepare):
@@ -142,14 +140,13 @@ def test_the_split_of_a_document_stays_when_documents_are_added_or_reordered(tmp
         assert not before & texts_of(more[other], tokenizer)
 
 
-def test_a_second_call_reads_the_cache_and_neither_trains_nor_tokenizes(
-    tmp_path, prepare, monkeypatch
-):
+def test_a_second_call_reads_the_cache_and_neither_trains_nor_tokenizes(tmp_path, prepare, capsys):
     dataset = write_texts(tmp_path, EVEN)
     first, _ = prepare(dataset, tokenizer_path=None, vocab_size=260)
-    forbid(monkeypatch, "encode_plain", "train_tokenizer")
+    assert MAKES_TOKENIZER in (printed := capsys.readouterr().out) and MAKES_ROWS in printed
     renamed = str(Path(dataset).rename(tmp_path / "renamed.jsonl"))
     second, _ = prepare(renamed, tokenizer_path=None, vocab_size=260)
+    assert MAKES_TOKENIZER not in (printed := capsys.readouterr().out) and MAKES_ROWS not in printed
     for name in first:
         assert first[name].to_dict() == second[name].to_dict()
         assert data_fingerprint(first[name]) == data_fingerprint(second[name])
@@ -169,26 +166,23 @@ def test_a_changed_byte_is_noticed_though_size_and_date_are_the_same(tmp_path, p
 @pytest.mark.parametrize(
     "settings", [{"max_seq_len": 16}, {"validation_ratio": 0.3}, {"tokenizer_path": None}]
 )
-def test_a_changed_setting_makes_new_rows(tmp_path, prepare, monkeypatch, settings):
+def test_a_changed_setting_makes_new_rows(tmp_path, prepare, capsys, settings):
     dataset = write_texts(tmp_path, EVEN)
-    prepare(dataset)
-    forbid(monkeypatch, "encode_plain")
-    with pytest.raises(AssertionError, match="encode_plain was called"):
-        prepare(dataset, **settings)
+    before, _ = prepare(dataset)
+    capsys.readouterr()
+    after, _ = prepare(dataset, **settings)
+    assert MAKES_ROWS in capsys.readouterr().out
+    assert data_fingerprint(before["train"]) != data_fingerprint(after["train"])
 
 
-def test_a_writer_that_dies_leaves_no_half_cache_and_the_next_call_works(
-    tmp_path, prepare, monkeypatch
-):
-    monkeypatch.setattr(train_data, "SHARD_CHARACTERS", 200)
+def test_a_corpus_that_breaks_off_leaves_no_half_cache_and_the_next_call_works(tmp_path, prepare):
     dataset = write_texts(tmp_path, EVEN)
-    shards = Mock(side_effect=[[[5, 6]], [[5, 6]], KeyboardInterrupt])
-    with monkeypatch.context() as dying:
-        dying.setattr(train_data, "encode_plain", shards)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(dataset)
+    with open(dataset, "a") as stream:
+        stream.write("{")
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:201: broken JSON"):
+        prepare(dataset)
     assert os.listdir(tmp_path / "cache") == [".lock"]
-    splits, tokenizer = prepare(dataset)
+    splits, tokenizer = prepare(write_texts(tmp_path, EVEN))
     assert all_texts(splits, tokenizer) == set(EVEN)
 
 
@@ -221,17 +215,18 @@ def test_a_record_without_text_is_named_by_file_and_line_with_what_it_has(
 def test_too_little_text_says_so_and_what_to_do(tmp_path, prepare, texts, settings):
     dataset = write_texts(tmp_path, texts)
     Path(dataset).write_text(Path(dataset).read_text() + "\n")
-    with pytest.raises(ValueError, match="usable tokens are too few") as caught:
-        prepare(dataset, **settings)
-    assert "Add text or lower max_seq_len" in str(caught.value)
-    assert not list((tmp_path / "cache").glob("pretrain-*"))
+    for _ in range(2):  # the second call finds what the first one cached
+        with pytest.raises(ValueError, match="usable tokens are too few") as caught:
+            prepare(dataset, **settings)
+        assert "Add text or lower max_seq_len" in str(caught.value)
 
 
 @pytest.mark.parametrize("ratio", [1e-9, 1 - 1e-9], ids=["all training", "all validation"])
 def test_few_documents_that_all_fall_to_one_side_still_give_both(tmp_path, prepare, ratio, capsys):
     splits, tokenizer = prepare(write_texts(tmp_path, EVEN[:6]), validation_ratio=ratio)
     train, held_out = (texts_of(splits[name], tokenizer) for name in ("train", "validation"))
-    assert (len(train), len(held_out)) == (5, 1)
+    assert held_out == {min(EVEN[:6], key=split_share)}
+    assert len(train) == 5
     assert train | held_out == set(EVEN[:6])
     assert "6 documents (none dropped), 48 tokens, 0.88 characters/token" in capsys.readouterr().out
 
@@ -284,6 +279,7 @@ def test_inspection_parts_documents_and_counts_tokens_documents_and_targets(tmp_
     assert {text.removesuffix(END_OF_TEXT) for text in shown} <= set(EVEN)
 
 
+@pytest.mark.slow
 def test_the_inspect_command_shows_a_file(tmp_path, run_script):
     write_texts(tmp_path, EVEN)
     done = run_script("train_data.py", "--inspect", "corpus.jsonl", "--vocab_size", 260)
@@ -294,6 +290,7 @@ def test_the_inspect_command_shows_a_file(tmp_path, run_script):
     assert 1 < float(done.stdout.split("validation loss ")[1].split(".\n")[0]) < math.log(11)
 
 
+@pytest.mark.slow
 def test_the_inspect_command_fails_in_one_line_without_a_traceback(run_script):
     done = run_script("train_data.py", "--inspect", "absent.jsonl")
     assert done.returncode != 0
@@ -303,7 +300,7 @@ def test_the_inspect_command_fails_in_one_line_without_a_traceback(run_script):
 
 @pytest.mark.parametrize("error", [ConnectionError(), OSError("offline\nand more")])
 def test_a_hub_name_that_cannot_be_reached_says_so(prepare, monkeypatch, error):
-    monkeypatch.setattr(corpus, "load_dataset", Mock(side_effect=error))
+    monkeypatch.setattr(datasets.load, "load_dataset_builder", Mock(side_effect=error))
     message = "'owner/dataset' is neither .* nor a Hub dataset that can be reached .*HF_ENDPOINT"
     with pytest.raises(ValueError, match=message) as caught:
         prepare("owner/dataset")
@@ -311,31 +308,31 @@ def test_a_hub_name_that_cannot_be_reached_says_so(prepare, monkeypatch, error):
 
 
 def test_a_hub_dataset_is_read_by_its_text_column(prepare, monkeypatch):
-    hub = Mock(return_value=Dataset.from_dict({"text": EVEN}))
-    monkeypatch.setattr(corpus, "load_dataset", hub)
+    hub = Mock()  # the only part of datasets that asks the Hub
+    monkeypatch.setattr(datasets.load, "load_dataset_builder", Mock(return_value=hub))
+    hub.info.dataset_size = None
+    hub.as_dataset.return_value = Dataset.from_dict({"text": EVEN})
     splits, tokenizer = prepare("owner/dataset")
     assert all_texts(splits, tokenizer) == set(EVEN)
-    hub.return_value = Dataset.from_dict({"body": EVEN})
+    hub.as_dataset.return_value = Dataset.from_dict({"body": EVEN})
     with pytest.raises(ValueError, match=r"expected a 'text' column; found \['body'\]"):
         prepare("owner/dataset")
 
 
-def test_a_corpus_is_written_shard_by_shard_and_holds_the_same_documents(
-    tmp_path, prepare, monkeypatch
-):
-    dataset = write_texts(tmp_path, EVEN)
-    whole, tokenizer = prepare(dataset, cache_dir=tmp_path / "whole")
-    monkeypatch.setattr(train_data, "encode_plain", encode := Mock(side_effect=encode_plain))
-    monkeypatch.setattr(train_data, "SHARD_CHARACTERS", 70)
-    shards, _ = prepare(dataset)
-    held_at_a_time = [sum(map(len, texts)) for (_, texts), _ in encode.call_args_list]
-    assert max(held_at_a_time) == 70
-    (arrow,) = (tmp_path / "cache").glob("pretrain-*/train.arrow")
+@pytest.mark.slow
+def test_a_corpus_is_written_shard_by_shard_and_split_like_a_small_one(tmp_path, prepare):
+    texts = [f"{number:03d}" + "quick " * 3000 for number in range(250)]
+    assert sum(map(len, texts)) > SHARD_CHARACTERS
+    (ids,) = encode_plain(prepare(write_texts(tmp_path, EVEN))[1], texts[:1])
+    dataset, row = write_texts(tmp_path, texts), len(ids) + 1  # one document fills a row
+    splits, tokenizer = prepare(dataset, max_seq_len=row, validation_ratio=1e-9)
+    assert texts_of(splits["validation"], tokenizer) == {min(texts, key=split_share)}
+    assert all_texts(splits, tokenizer) == set(texts)
+    (arrow,) = (Path(file["filename"]) for file in splits["train"].cache_files)
     with pa.memory_map(str(arrow)) as source:
-        batches = list(pa.ipc.open_stream(source))
-    assert len(batches) > 10
-    for name in whole:
-        assert texts_of(whole[name], tokenizer) == texts_of(shards[name], tokenizer)
+        held_at_a_time = [len(batch) * len(texts[0]) for batch in pa.ipc.open_stream(source)]
+    assert len(held_at_a_time) > 1
+    assert max(held_at_a_time) < SHARD_CHARACTERS + len(texts[0])
 
 
 def test_a_real_corpus_is_packed_with_under_one_percent_padding_and_no_token_lost(

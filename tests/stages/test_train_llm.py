@@ -17,11 +17,13 @@ from tiny import (
     weights,
     write_jsonl,
 )
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine.checkpoint import list_checkpoints
 from engine.guards import NumericalError
 from engine.tracker import read_metrics
+from models import CustomLLM
 from train_llm import train
 
 
@@ -89,9 +91,9 @@ def test_a_killed_process_resumes_bit_equal(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_says_how_to_resume_and_exits_with_0(tmp_path, capsys, number):
     config = pretrain_config(tmp_path, eval_every=0, save_every=0)
-    with after_step(1, lambda _: signal.raise_signal(number)):
-        with pytest.raises(SystemExit) as stopped:
-            train(wandb_config=config, run_name="run")
+    stops = after_step(1, lambda _: signal.raise_signal(number))
+    with stops, pytest.raises(SystemExit) as stopped:
+        train(wandb_config=config, run_name="run")
     assert stopped.value.code == 0
     assert f"Stopped by {number.name}" in (printed := capsys.readouterr().out)
     assert "Resume with: " in printed
@@ -125,18 +127,41 @@ def test_a_mixture_of_experts_trains_and_logs_its_balance(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "Qwen3MoeForCausalLM"
 
 
-def test_micro_batches_log_the_experts_balance_of_the_whole_step(tmp_path):
-    def balance(batch_size: int, micro_batches: int) -> list[float]:
-        changes = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
-        changes |= {"use_moe": True, "moe_d_ff": 16, "eval_every": 0}
-        output = str(tmp_path / f"of_{micro_batches}")
-        final = train(wandb_config=pretrain_config(tmp_path, **changes, output_dir=output))
-        names = ("train/aux_loss", "train/max_expert_load")
-        return [m[name] for m in metrics_of(final) if "train/loss" in m for name in names]
+def test_the_balance_of_experts_is_logged_of_the_whole_step_and_not_of_its_last_micro_batch(
+    tmp_path,
+):
+    """Three steps that leave the weights as they are, so that the second is as the first."""
+    seen = []
 
-    whole, halves = balance(8, 1), balance(4, 2)
-    assert len(whole) == len(halves) > 6
-    assert halves == pytest.approx(whole, abs=1e-5)
+    def look(module, args, kwargs, output):
+        if isinstance(module, CustomLLM) and torch.is_grad_enabled():
+            tokens = int(kwargs["attention_mask"].sum())
+            seen.append((tokens, output.aux_loss.item() * tokens))
+
+    def run(batch_size: int, micro_batches: int) -> list[dict]:
+        changes = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
+        changes |= {"use_moe": True, "moe_d_ff": 16, "learning_rate": 1e-9, "max_steps": 3}
+        output = str(tmp_path / f"{micro_batches} micro-batches")
+        seen.clear()
+        final = train(wandb_config=pretrain_config(tmp_path, **changes, output_dir=output))
+        return [m for m in metrics_of(final) if "train/loss" in m]
+
+    handle = register_module_forward_hook(look, with_kwargs=True)
+    try:
+        whole, halves = run(8, 1), run(4, 2)
+    finally:
+        handle.remove()
+    # A load is a mean over tokens: over two halves it is the whole's.
+    loads = [[m["train/max_expert_load"] for m in metrics] for metrics in (whole, halves)]
+    assert loads[1] == pytest.approx(loads[0], abs=1e-5)
+    # The balancing loss is a product of two such means, and trained on in each micro-batch by
+    # itself. What is logged is its mean over tokens, which is only near the whole's.
+    assert len(seen) == 6
+    for first, metrics in zip(range(0, 6, 2), halves, strict=True):
+        tokens, sums = zip(*seen[first : first + 2], strict=True)
+        assert metrics["train/aux_loss"] == pytest.approx(sum(sums) / sum(tokens), abs=1e-5)
+    balances = [[m["train/aux_loss"] for m in metrics] for metrics in (whole, halves)]
+    assert balances[1] == pytest.approx(balances[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
