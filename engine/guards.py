@@ -35,8 +35,7 @@ class FiniteGuard:
 
     def check(self, loss: float, step: int):
         """Raises NumericalError, naming the step, its rows and the last good checkpoint."""
-        norms = {noted: float(norm) for noted, norm in self.grad_norms}
-        self.grad_norms.clear()
+        norms = self._take_norms()
         bad = [noted for noted, norm in norms.items() if not math.isfinite(norm)]
         ruined, scale = bad[0] if bad else step, self.scaler.get_scale()
         if ruined == step and not math.isfinite(loss):
@@ -54,6 +53,14 @@ class FiniteGuard:
             f"{self.order.describe_rows(ruined)}. Lower learning_rate or max_grad_norm, raise "
             'warmup_ratio, or set mixed_precision to "bf16".'
         )
+
+    def _take_norms(self) -> dict[int, float]:
+        """Gradient norms by step since the last check. The device is waited for once."""
+        noted, self.grad_norms = self.grad_norms, []
+        if not noted:
+            return {}
+        values = torch.stack([norm for _, norm in noted]).tolist()
+        return dict(zip((step for step, _ in noted), values, strict=True))
 
 
 def check_memory(sizes: CustomLLMConfig):
