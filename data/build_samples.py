@@ -68,16 +68,16 @@ def spoil(example: dict, examples: list[dict], choose: random.Random) -> str:
     return choose.choice(others)
 
 
-def write(name: str, examples: list[dict]):
+def write(path: Path, examples: list[dict]):
     lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in examples]
-    (FOLDER / name).write_text("".join(lines), encoding="utf-8")
-    print(f"{name}: {len(lines)} examples")
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path.name}: {len(lines)} examples")
 
 
-def main():
+def main(folder: Path = FOLDER):
     choose = random.Random(20260101)
     laws, recipes = [], []
-    for line in (FOLDER / "pretrain_sample.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (folder / "pretrain_sample.jsonl").read_text(encoding="utf-8").splitlines():
         document = json.loads(line)
         if document["source"].startswith("cn-law"):
             laws += law_questions(document["text"])
@@ -86,13 +86,15 @@ def main():
     examples = choose.sample(laws, LAW_EXAMPLES) + recipes
     choose.shuffle(examples)
     keys = ("instruction", "response")
-    write("sft_sample.jsonl", [{key: example[key] for key in keys} for example in examples])
+    write(
+        folder / "sft_sample.jsonl", [{key: example[key] for key in keys} for example in examples]
+    )
 
     pairs = []
     for example in choose.sample(examples, DPO_PAIRS):
         pair = {"instruction": example["instruction"], "chosen": example["response"]}
         pairs.append(pair | {"rejected": spoil(example, examples, choose)})
-    write("dpo_sample.jsonl", pairs)
+    write(folder / "dpo_sample.jsonl", pairs)
 
 
 if __name__ == "__main__":
