@@ -7,9 +7,10 @@ from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
 
 from models import CustomLLM, CustomLLMConfig
 
-SIZES = {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48}
-QWEN3 = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
-QWEN3 |= {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
+SIZES: dict = {"vocab_size": 97, "d_model": 32, "n_heads": 4, "n_layers": 2, "d_ff": 48}
+QWEN3: dict = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4}
+QWEN3 |= {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8}
+QWEN3 |= {"intermediate_size": 48}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 dense_and_moe = pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
 
@@ -144,10 +145,8 @@ def test_config_of_transformers_4_is_read(tmp_path):
 
 def test_config_of_transformers_5_is_read(tmp_path):
     rope = {"rope_type": "default", "rope_theta": 7e4}
-    sizes = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
-    Qwen3MoeConfig(**QWEN3, **sizes, rope_parameters=rope, norm_topk_prob=True).save_pretrained(
-        tmp_path
-    )
+    sizes = QWEN3 | {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+    Qwen3MoeConfig(**sizes, rope_parameters=rope, norm_topk_prob=True).save_pretrained(tmp_path)
     loaded = CustomLLMConfig.from_pretrained(tmp_path)
     assert loaded.use_moe
     assert (loaded.rope_theta, loaded.num_experts, loaded.num_experts_per_tok) == (7e4, 5, 3)

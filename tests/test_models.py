@@ -1,6 +1,7 @@
 """The model: a Qwen3 checkpoint on disk; exact when packed, padded, cached, split in batches."""
 
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -27,13 +28,13 @@ def spread_weights(model):
 
 
 def tiny_model(**overrides):
-    sizes = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2}
+    sizes: dict = {"vocab_size": VOCAB, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2}
     sizes |= {"d_ff": 48, "max_seq_len": 64, "moe_d_ff": 40, "router_aux_loss_coef": 0.0}
     return spread_weights(CustomLLM(CustomLLMConfig(**(sizes | overrides))))
 
 
 def tiny_qwen3(use_moe, tied, n_kv_heads):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
+    sizes: dict = {"vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 4, "head_dim": 8}
     sizes |= {"num_key_value_heads": n_kv_heads, "num_hidden_layers": 2, "intermediate_size": 48}
     sizes |= {"tie_word_embeddings": tied, "max_position_embeddings": 64}
     sizes["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e4}
@@ -96,7 +97,8 @@ def test_saved_model_loads_as_stock_qwen3_with_equal_logits_and_loss(
 ):
     model = tiny_model(use_moe=use_moe, tie_word_embeddings=tied, n_kv_heads=n_kv_heads)
     model.save_pretrained(tmp_path)
-    stock, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    stock, info = cast(tuple, loaded)
     assert type(stock).__name__ == ("Qwen3MoeForCausalLM" if use_moe else "Qwen3ForCausalLM")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = random_ids(3, 17)
@@ -149,7 +151,7 @@ def test_saving_and_loading_returns_bit_equal_weights(tmp_path, use_moe, tied):
 def test_initial_std_is_smaller_for_projections_into_the_residual_stream():
     torch.manual_seed(0)
     config = CustomLLMConfig(VOCAB, 64, 4, 2, n_layers=3, d_ff=96, use_moe=True)
-    groups = {}
+    groups: dict = {}
     for name, parameter in CustomLLM(config).named_parameters():
         groups.setdefault(name.split(".")[-2], []).append(parameter.detach().flatten())
     assert len(groups) == 14  # 4 of attention, 3 of an expert, gate, embedding, 5 norms
@@ -306,8 +308,7 @@ def test_dropout_acts_in_training_only(use_moe):
     plain = tiny_model(use_moe=use_moe)
     assert torch.equal(model(ids).logits, plain(ids).logits)
     assert torch.equal(plain.train()(ids).logits, plain.eval()(ids).logits)
-    model.train()
-    assert (model(ids).logits - model(ids).logits).abs().max() > 1e-2
+    assert (model.train()(ids).logits - model(ids).logits).abs().max() > 1e-2
 
 
 def test_attention_weights_are_dropped_in_training_only():
@@ -336,8 +337,7 @@ def block_inputs(model):
     ids, positions = pack(random_ids(1, 5), random_ids(1, 4))
     cos, sin = rope_cos_sin(positions, model.config.head_dim, model.config.rope_theta)
     mask, token_mask = build_attention_mask(ids, None, positions, past=0), torch.ones_like(ids)
-    x = model.model.embed_tokens(ids).detach()
-    return x, cos, sin, mask, token_mask.bool(), model.backend
+    return model.model.embed_tokens(ids).detach(), cos, sin, mask, token_mask.bool(), model.backend
 
 
 @pytest.mark.slow  # it compiles

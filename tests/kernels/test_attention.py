@@ -53,17 +53,18 @@ def test_packed_rows_by_bounds_equal_packed_rows_by_mask(use_moe):
 @pytest.mark.parametrize("level", [False, "attention", "full"])
 def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(level):
     # Shapes only: tensors without contents, since the kernel itself needs a GPU.
-    called, mode = [], FakeTensorMode()
+    mode = FakeTensorMode()
     with mode:
         model = grouped_model()
     model.backend = replace(kernels.CUDA, can_attend_by_document=lambda *_: True)
     checkpoint_activations(model, level)
     batch = {name: mode.from_tensor(tensor) for name, tensor in packed_batch().items()}
-    with mode, RecordKernels(called), torch.autocast("cpu", torch.bfloat16):
+    with mode, RecordKernels() as record, torch.autocast("cpu", torch.bfloat16):
         model(**batch, num_items_in_batch=1, skip_logits=True).loss.backward()
-    assert all(p.grad.shape == p.shape for p in model.parameters())
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
     repeats = 2 if level == "full" else 1
-    assert called == [torch.ops.torch_attn._varlen_attn.default] * model.config.n_layers * repeats
+    varlen = torch.ops.torch_attn._varlen_attn.default
+    assert record.called == [varlen] * model.config.n_layers * repeats
 
 
 @pytest.mark.parametrize("give_positions", [True, False])
@@ -76,11 +77,11 @@ def test_every_query_has_a_key_also_in_left_padding(give_positions):
 
 
 class RecordKernels(TorchDispatchMode):
-    """Appends every attention kernel that is called to a list."""
+    """Lists every attention kernel that is called."""
 
-    def __init__(self, called: list):
+    def __init__(self):
         super().__init__()
-        self.called = called
+        self.called: list = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in ATTENTION_KERNELS:
@@ -96,11 +97,10 @@ def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(masked, dropout
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     on_cpu = flash if masked else torch.ops.llm.tiled_attention.default
     for backend, expected in ((kernels.CPU, on_cpu), (kernels.CUDA, flash)):
-        called = []
-        with RecordKernels(called):
+        with RecordKernels() as record:
             backend.attend(q, k[:, :2], v[:, :2], mask, dropout)
         # SDPA's CPU kernel has no dropout: it is written out there.
-        assert called == ([] if dropout else [expected])
+        assert record.called == ([] if dropout else [expected])
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
@@ -149,10 +149,10 @@ def test_the_varlen_kernel_is_not_chosen_on_other_devices_than_cuda():
 
 
 def test_on_a_cpu_packed_rows_run_in_one_call_a_layer():
-    model, batch, called = grouped_model(), packed_batch(), []
+    model, batch = grouped_model(), packed_batch()
     weight = model.lm_head.weight
     can = model.backend.can_attend_by_document
     assert [can(weight, dropout) for dropout in (0.0, 0.1)] == [True, False]
-    with RecordKernels(called):
+    with RecordKernels() as record:
         model(**batch)
-    assert called == [torch.ops.llm.tiled_attention.default] * model.config.n_layers
+    assert record.called == [torch.ops.llm.tiled_attention.default] * model.config.n_layers

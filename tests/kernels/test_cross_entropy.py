@@ -104,9 +104,9 @@ def test_cross_entropy_of_logits_beyond_the_range_of_exp_is_finite_and_equal(chu
 
 @all_chunks
 def test_cross_entropy_of_the_value_alone_needs_no_gradient(chunks):
-    inputs = make_inputs()
+    inputs = *make_inputs(), chunks
     with torch.no_grad():
-        value = chunked_cross_entropy(*inputs, chunks)
+        value = chunked_cross_entropy(*inputs)
     assert not value.requires_grad
     torch.testing.assert_close(value, reference_cross_entropy(*inputs).detach())
 
@@ -160,8 +160,8 @@ def test_log_probs_under_bf16_autocast_are_fp32_and_equal_the_plain_ones():
 
 
 def test_log_probs_of_bf16_weights_are_computed_in_fp32():
-    inputs = make_inputs(ignored=0.0, dtype=torch.bfloat16)
-    actual, expected = chunked_log_probs(*inputs, AS_ON_GPU), reference_log_probs(*inputs)
+    inputs = *make_inputs(ignored=0.0, dtype=torch.bfloat16), AS_ON_GPU
+    actual, expected = chunked_log_probs(*inputs), reference_log_probs(*inputs)
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 

@@ -69,7 +69,7 @@ def test_only_the_inputs_are_kept_for_backward():
 @pytest.mark.slow  # it compiles
 @pytest.mark.parametrize("rotates", [False, True])
 def test_a_compiled_graph_keeps_the_inputs_alone_and_gives_equal_gradients(rotates):
-    double = {"dtype": torch.float64, "requires_grad": True}
+    double: dict = {"dtype": torch.float64, "requires_grad": True}
     x, matrix = torch.randn(2, 2, 16, 32, **double), torch.randn(32, 32, **double)
     weight, (cos, sin) = torch.ones(32, **double), angles(16, 32, torch.float64)
 
@@ -112,7 +112,8 @@ def test_nothing_is_kept_without_gradients():
 @pytest.mark.parametrize("backend", [kernels.CPU, kernels.CUDA], ids=["CPU", "CUDA"])
 def test_dropout_in_a_wrapped_projection_is_the_same_when_recomputed(backend):
     layer, x = SwiGLU(16, 64), torch.randn(4, 32, 16, requires_grad=True)
-    layer.down_proj = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.down_proj)  # as adapters do
+    wrapped = torch.nn.Sequential(torch.nn.Dropout(0.5), layer.down_proj)
+    layer.add_module("down_proj", wrapped)  # as adapters do
 
     def gradients(function):
         torch.manual_seed(1)

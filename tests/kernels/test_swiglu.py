@@ -26,9 +26,9 @@ def run(layer, x, grad, backend=kernels.CPU) -> list[torch.Tensor]:
     return [output, *torch.autograd.grad(output, (x, *layer.parameters()), grad)]
 
 
-def run_separately(*arguments) -> list[torch.Tensor]:
+def run_separately(layer, x, grad) -> list[torch.Tensor]:
     """As on a GPU: one operation after the other."""
-    return run(*arguments, kernels.CUDA)
+    return run(layer, x, grad, kernels.CUDA)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, TILE, TILE + 1, 2 * TILE + 7])
