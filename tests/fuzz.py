@@ -1,7 +1,7 @@
 """What the fuzz tests share: texts, files of them, and how many examples are drawn.
 
-python -m pytest tests/test_fuzz*.py                               some 600 cases
-python -m pytest tests/test_fuzz*.py --hypothesis-profile long     over 10,000
+python -m pytest tests/stages/test_fuzz*.py                               some 600 cases
+python -m pytest tests/stages/test_fuzz*.py --hypothesis-profile long     over 10,000
 """
 
 import json

@@ -37,8 +37,7 @@ AWKWARD = [
     "a\r\nb\rc\n\n\n d\t\te\v\f",
     "  leading,   inner and trailing  ",
     "e\u0301 é \ufb01 Å Å ½ \ufeff",
-    LOOK_ALIKES,
-    "",
+    *(LOOK_ALIKES, ""),
 ]
 TURNS = [
     {"role": "system", "content": "S"},
@@ -206,9 +205,8 @@ def test_a_foreign_tokenizer_gets_padding_turn_markers_and_a_template(tmp_path):
     assert (tokenizer.pad_token, tokenizer.eos_token) == (PAD_TOKEN, "</s>")
     assert tokenizer.chat_template == CHAT_TEMPLATE
     markers = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS[2:])
-    assert (
-        tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"].count(markers[1]) == 5
-    )
+    rendered = tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    assert rendered.count(markers[1]) == 5
     assert token_byte_lengths(tokenizer)[markers].tolist() == [0, 0]
     assert_comes_back(tokenizer, LOOK_ALIKES + "</s>天")
 
@@ -307,6 +305,7 @@ def test_the_report_counts_characters_bytes_and_tokens(tokenizer):
         report(tokenizer, iter([]))
 
 
+@pytest.mark.slow
 def test_the_real_qwen3_tokenizer_is_ready_for_training(real_data):
     tokenizer = create_tokenizer(model_path=real_data("qwen3_tokenizer"))
     assert len(tokenizer) == 151_669
@@ -316,6 +315,7 @@ def test_the_real_qwen3_tokenizer_is_ready_for_training(real_data):
     assert replies_in(tokenizer) == "答 one<|im_end|>答\ntwo<|im_end|>"
 
 
+@pytest.mark.slow
 def test_the_command_trains_saves_and_compares_with_one_token_per_character(tmp_path, run_script):
     (tmp_path / "corpus.jsonl").write_text('{"text": "the cat and the cat"}\n' * 3)
     arguments = ("--files", "corpus.jsonl", "--vocab_size", 270, "--output", "out")

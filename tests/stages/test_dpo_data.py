@@ -164,16 +164,16 @@ def splits_of(folder, tokenizer, rows, **options) -> tuple[Counter, Counter]:
 
 
 def test_the_split_is_a_function_of_the_question_whatever_stands_around_it(tmp_path, tokenizer):
-    """4,096 pairs are rendered at a time: here there are two and three such batches."""
-    rows = numbered(2000, answers=3)
-    train, held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=0.001)
-    assert train + held_out == dict.fromkeys(range(2000), 3)
+    """4,096 records are rendered at a time: here there are two such batches."""
+    rows = numbered(1400, answers=3)
+    train, held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=0.002)
+    assert train + held_out == dict.fromkeys(range(1400), 3)
     assert not set(train) & set(held_out), "a question with all its pairs is on one side"
     assert 1 <= len(held_out) <= 10
     # In another order and with 3,000 more, no question of the second batch is below the ratio.
     rows.sort(key=lambda record: int(record["instruction"]) not in held_out)
-    rows[held_out.total() : held_out.total()] = numbered(3000, start=2000)
-    more_train, more_held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=0.001)
+    rows[held_out.total() : held_out.total()] = numbered(3000, start=1400)
+    more_train, more_held_out = splits_of(tmp_path, tokenizer, rows, validation_ratio=0.002)
     assert train <= more_train
     assert held_out <= more_held_out
     assert (more_train + more_held_out).total() == len(rows)

@@ -4,6 +4,7 @@ fuzz.py says how many cases are run, and how to run more.
 """
 
 import numpy as np
+import pytest
 from fuzz import SURROGATE, TEXT, attempt, cases, data_file
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from corpus.chat_format import Renderer, flatten
 from corpus.packing import PackedCollator
 from dpo_data import prepare_dpo_data
-from kernels.cross_entropy import IGNORE_INDEX
+from kernels import IGNORE_INDEX
 from sft_data import prepare_sft_data
 from tokenizer import (
     IM_END,
@@ -94,6 +95,7 @@ def usable(documents: list[str]) -> list[str]:
     )
 
 
+@pytest.mark.slow
 @cases(40)
 @given(
     documents=st.lists(st.one_of(TEXT, TEXT, TEXT, SURROGATE), min_size=1, max_size=10),
@@ -187,6 +189,7 @@ def test_rendering_is_the_chat_templates(tokenizer, messages):
     assert mask == [bool(target) for target in expected["assistant_masks"]]
 
 
+@pytest.mark.slow
 @cases(60)
 @given(
     tokenizer=some_tokenizer,
@@ -257,6 +260,7 @@ def pair_records(draw) -> tuple[dict, list[dict], str, str]:
     return record, prompt, chosen, rejected
 
 
+@pytest.mark.slow
 @cases(60)
 @given(
     tokenizer=some_tokenizer,

@@ -10,19 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from fuzz import SURROGATE, TEXT, attempt, cases, data_file
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tiny import dpo_config, pretrain_config, sentences, sft_config, write_jsonl
+from matplotlib.figure import Figure
+from tiny import CPU, after_step, dpo_config, pretrain_config, sentences, sft_config, write_jsonl
+from transformers import GenerationMixin
 
 import dpo_train
 import sft_train
 import train_llm
-from corpus.readers import split_hash
 from dpo_data import prepare_dpo_data
-from engine.settings import AT_LEAST_ONE, LARGEST, OPTIONAL, resolve_config, shown
-from engine.steps import NumericalError, seed_everything, seed_step
+from engine.guards import NumericalError
+from engine.runtime import make_runtime, seed_everything
+from engine.settings import AT_LEAST_ONE, LARGEST, OPTIONAL, resolve, shorten
 from sft_data import prepare_sft_data
+from tokenizer import create_tokenizer
 from train_data import prepare_data
 
 # --- records of any shape -----------------------------------------------------------------------
@@ -40,6 +44,7 @@ GOOD = {"text": "好文。", "instruction": "问", "response": "答", "chosen": 
 PREPARE = {"pretrain": prepare_data, "sft": prepare_sft_data, "dpo": prepare_dpo_data}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", PREPARE)
 @cases(40)
 @given(changes=JSON | st.dictionaries(KEYS, JSON, min_size=1, max_size=3))
@@ -63,7 +68,6 @@ def test_a_record_of_any_shape_is_used_or_refused_by_file_and_line(
 # --- configurations -----------------------------------------------------------------------------
 
 STAGES = {"pretrain": train_llm, "sft": sft_train, "dpo": dpo_train}
-HUGE = 10**5000  # more digits than Python prints
 WILD = [
     None,
     True,
@@ -81,7 +85,7 @@ WILD = [
     10**20,
     10**400,
 ]
-WILD += [HUGE, -HUGE, "", "x", "\0", "\ud800", "x" * 10**5, [], {}, (1,), b"x", 1 + 2j]
+WILD += ["", "x", "\0", "\ud800", "x" * 10**5, [], {}, (1,), b"x", 1 + 2j]
 UNKNOWN = st.sampled_from([None, 3, 1.5, ("a",), "d_modle", ""]) | st.text()
 
 
@@ -99,10 +103,10 @@ def is_well_formed(key: str, value, default) -> bool:
 
 def check_resolved(stage: str, changes: dict):
     defaults = STAGES[stage].DEFAULTS
-    config, refusal = attempt(resolve_config, defaults, changes)
+    config, refusal = attempt(resolve, defaults, changes)
     if refusal:
         assert "\n" not in refusal and len(refusal) < 1000
-        assert any(f"{key}=" in refusal or f"key {shown(key)};" in refusal for key in changes)
+        assert any(f"{key}=" in refusal or f"key {shorten(key)};" in refusal for key in changes)
         return
     assert changes.keys() <= defaults.keys()
     assert [key for key in config if not is_well_formed(key, config[key], defaults[key])] == []
@@ -205,12 +209,15 @@ def run(stage: str, folder: Path, base: str, **changes) -> str:
 
 @pytest.fixture
 def without_samples(monkeypatch):
-    """Sampling and plotting take nine tenths of a run so short, and read no configuration."""
-    for stage in STAGES.values():
-        monkeypatch.setattr(stage, "generate_samples", lambda model, tokenizer, prompts, _: prompts)
-        monkeypatch.setattr(stage, "plot_curves", lambda folder: None)
+    """Sampling and plotting take nine tenths of a run so short, and read no configuration.
+
+    The libraries' functions do nothing here: a stage has no setting that leaves both out.
+    """
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, ids, **options: ids)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **options: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @cases(8)
 @given(data=st.data())
@@ -227,23 +234,20 @@ def test_a_configuration_of_right_types_runs_or_is_refused_by_name(
         assert any(key in refusal for key in changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_ruins_the_model_is_reported_by_whatever_comes_next(
-    tmp_path, base_model, monkeypatch, stage, steps
+    tmp_path, base_model, stage, steps
 ):
     """Validation after the last step; else, samples drawn from NaN notwithstanding, the loss."""
-    real = STAGES[stage].optimizer_step
 
-    def ruin(model, *arguments):
-        grad_norm = real(model, *arguments)
-        torch.nn.init.constant_(model.lm_head.weight, math.nan)
-        return grad_norm
+    def ruin(optimizer):
+        torch.nn.init.constant_(optimizer.param_groups[0]["params"][0], math.nan)
 
-    monkeypatch.setattr(STAGES[stage], "optimizer_step", ruin)
-    monkeypatch.setattr(STAGES[stage], "SAMPLE_PROMPTS", ["问"])
     changes = {"max_steps": steps, "eval_every": 0, "sample_every": 1}
-    with pytest.raises(NumericalError, match=f"step {steps}: the loss is nan.*learning_rate"):
+    message = f"step {steps}: the loss is nan.*learning_rate"
+    with after_step(1, ruin), pytest.raises(NumericalError, match=message):
         run(stage, tmp_path, base_model, **changes)
 
 
@@ -258,18 +262,26 @@ POISON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("text", POISON.values(), ids=POISON)
 def test_a_poisoned_row_trains(tmp_path, base_model, without_samples, stage, text):
-    record = {"text": text, "instruction": text, "response": text, "chosen": text, "rejected": "坏"}
-    assert split_hash(text) > 0.05, "it is to be trained on"
-    good = [{key: f"{value}{i}" for key, value in GOOD.items()} for i in range(3)]
+    record = {"text": text, "instruction": "问" + text}  # 问: a question that is not held out
+    record |= {"response": text, "chosen": text, "rejected": "坏"}
+    good = [{key: f"{value}{i}" for key, value in GOOD.items()} for i in range(60)]
     path = write_jsonl(tmp_path / "poison.jsonl", [*good, record])
-    length = {"max_seq_len": 512} if stage == "pretrain" else {}
-    final = run(stage, tmp_path, base_model, dataset=path, **length)
+    # Of text nearly all rows are the poison's; of the others an epoch is a few steps.
+    length = {"max_seq_len": 512} if stage == "pretrain" else {"max_steps": 0}
+    rare = {"eval_every": 0, "save_every": 0}
+    final = run(stage, tmp_path, base_model, dataset=path, **length, **rare)
     assert Path(final, "model.safetensors").is_file()
+    (arrow,) = tmp_path.glob(f"checkpoints/cache/{stage}-*/train.arrow")
+    decode = create_tokenizer(model_path=final).decode
+    column = Dataset.from_file(str(arrow))["prompt_ids" if stage == "dpo" else "input_ids"]
+    assert any(text[-4:] in decode(ids) for ids in column), "it was trained on, not held out"
 
 
+@pytest.mark.slow
 def test_lone_surrogates_are_counted_or_refused_by_file_and_line(tmp_path, base_model, capsys):
     path = tmp_path / "poison.jsonl"
     record = dict.fromkeys(GOOD, "\ud83d")
@@ -287,7 +299,9 @@ def test_lone_surrogates_are_counted_or_refused_by_file_and_line(tmp_path, base_
 def test_every_seed_gives_each_step_its_own_randomness(seed):
     seed_everything(seed)
     draws = set()
-    for step in (0, 1, 10**6):
-        seed_step(seed, step, rank=1)
-        draws.add(float(torch.rand(())))
-    assert len(draws) == 3
+    for rank in (0, 1):
+        rt = make_runtime(None, CPU, rank=rank)
+        for step in (1, 2, 10**6):
+            rt.seed(seed, step)
+            draws.add(float(torch.rand(())))
+    assert len(draws) == 6

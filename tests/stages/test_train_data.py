@@ -335,6 +335,7 @@ def test_a_corpus_is_written_shard_by_shard_and_split_like_a_small_one(tmp_path,
     assert max(held_at_a_time) < SHARD_CHARACTERS + len(texts[0])
 
 
+@pytest.mark.slow
 def test_a_real_corpus_is_packed_with_under_one_percent_padding_and_no_token_lost(
     prepare, real_data
 ):

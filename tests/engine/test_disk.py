@@ -1,0 +1,74 @@
+"""Folders that are whole or absent, and names that change with what they stand for."""
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+
+from engine.disk import atomic_folder, cache_lock, content_hash, settings_hash
+
+
+def put(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def test_content_hash_changes_with_a_byte_and_not_with_name_or_date(tmp_path):
+    one, other = put(tmp_path, "a.txt", b"same"), put(tmp_path, "z/b.txt", b"same")
+    os.utime(other, (0, 0))
+    assert content_hash([one]) == content_hash([other])
+    before = content_hash([one])
+    put(tmp_path, "a.txt", b"sbme")
+    assert content_hash([one]) != before
+
+
+def test_content_hash_sees_where_one_file_ends_and_the_next_begins(tmp_path):
+    split = [put(tmp_path, "1", b"ab"), put(tmp_path, "2", b"c")]
+    moved = [put(tmp_path, "3", b"a"), put(tmp_path, "4", b"bc")]
+    assert content_hash(split) != content_hash(moved)
+
+
+def test_settings_hash_tells_settings_apart_and_ignores_the_order_of_keys():
+    assert settings_hash({"a": 1, "b": 2}) == settings_hash({"b": 2, "a": 1})
+    assert len({settings_hash(1, 2), settings_hash(2, 1), settings_hash("1", 2)}) == 3
+
+
+def test_an_atomic_folder_is_whole_after_success(tmp_path):
+    target = tmp_path / "new" / "target"
+    with atomic_folder(target) as temporary:
+        put(temporary, "a", b"1")
+        put(temporary, "deep/b", b"2")
+        assert not target.exists()
+    assert (target / "a").read_bytes() == b"1"
+    assert (target / "deep" / "b").read_bytes() == b"2"
+    assert os.listdir(target.parent) == ["target"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_atomic_folder_is_absent_after_an_exception_inside(tmp_path, error):
+    def fail_inside():
+        with atomic_folder(tmp_path / "target") as temporary:
+            put(temporary, "half", b"1")
+            raise error
+
+    with pytest.raises(error):
+        fail_inside()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):
+    put(tmp_path, "target.tmp/half", b"1")
+    with atomic_folder(tmp_path / "target") as temporary:
+        put(temporary, "whole", b"2")
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(tmp_path / "target") == ["whole"]
+
+
+def test_the_lock_of_a_cache_is_held_by_one_at_a_time(tmp_path):
+    with cache_lock(tmp_path / "cache"), pytest.raises(Timeout):
+        cache_lock(tmp_path / "cache").acquire(timeout=0)
+    with cache_lock(tmp_path / "cache") as lock:
+        assert lock.is_locked
