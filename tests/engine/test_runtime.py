@@ -1,0 +1,244 @@
+import random
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from tiny import CPU, cpu_runtime, tiny_model
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+from engine.runtime import (
+    StopSignal,
+    check_launcher,
+    choose_dtype,
+    compile_blocks,
+    has_native_bf16,
+    make_runtime,
+    start,
+)
+
+CUDA = torch.device("cuda")
+without_accelerator = pytest.mark.skipif(
+    torch.accelerator.is_available(), reason="about a machine with a CPU alone"
+)
+
+
+# --- precision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("native_bf16", [False, True])
+@pytest.mark.parametrize(
+    ("mixed_precision", "device", "expected"),
+    [
+        ("fp16", CUDA, torch.float16),
+        ("bf16", CUDA, torch.bfloat16),
+        ("no", CUDA, None),
+        ("bf16", CPU, torch.bfloat16),
+        ("no", CPU, None),
+    ],
+)
+def test_a_precision_is_what_its_name_says(
+    monkeypatch, mixed_precision, device, expected, native_bf16
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert choose_dtype(mixed_precision, device, native_bf16) is expected
+
+
+def test_fp16_on_a_cpu_is_bf16_where_the_cpu_computes_in_it_and_otherwise_fp32():
+    assert choose_dtype("fp16", CPU, native_bf16=True) is torch.bfloat16
+    assert choose_dtype("fp16", CPU, native_bf16=False) is None
+
+
+@without_accelerator
+def test_fp16_on_a_cpu_says_what_it_takes_instead(capsys):
+    rt = start("fp16", seed=1)
+    name = {torch.bfloat16: "bf16", None: "fp32"}[rt.dtype]
+    assert capsys.readouterr().out == (
+        f"mixed_precision fp16 is emulated on a cpu, and slow: using {name} here.\n"
+    )
+    assert rt.dtype is choose_dtype("fp16", CPU, has_native_bf16())
+    assert not rt.scaler.is_enabled()
+
+
+@without_accelerator
+@pytest.mark.parametrize(("mixed_precision", "dtype"), [("no", None), ("bf16", torch.bfloat16)])
+def test_a_run_alone_on_a_cpu_starts_without_a_word(capsys, mixed_precision, dtype):
+    rt = start(mixed_precision, seed=1)
+    assert (rt.dtype, rt.device, rt.rank, rt.world) == (dtype, CPU, 0, 1)
+    assert rt.is_main
+    assert capsys.readouterr().out == ""
+
+
+def test_bf16_on_a_gpu_without_it_is_refused_with_what_to_set(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    with pytest.raises(ValueError, match='This GPU has no bf16: set mixed_precision to "fp16"'):
+        choose_dtype("bf16", CUDA, native_bf16=True)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_fp16_alone_scales_its_loss(dtype):
+    assert make_runtime(dtype, CPU).scaler.is_enabled() == (dtype is torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+def test_autocast_multiplies_matrices_in_the_runtimes_dtype(dtype):
+    with cpu_runtime(dtype).autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is (dtype or torch.float32)
+
+
+# --- randomness -------------------------------------------------------------------------------
+
+
+def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
+    def draw(seed: int, step: int, rank: int):
+        replace(cpu_runtime(), rank=rank).seed(seed, step)
+        return torch.rand(3).tolist()
+
+    draws = [draw(1, 2, 0), draw(1, 3, 0), draw(1, 2, 1), draw(2, 2, 0)]
+    assert len({tuple(values) for values in draws}) == 4
+    assert draw(1, 2, 0) == draws[0]
+
+
+def test_a_date_is_a_seed_though_its_product_has_more_than_64_bits():
+    rt = cpu_runtime()
+    for seed in (20240607, 2**31 - 1):
+        rt.seed(seed, 10**6)
+        first = torch.rand(3)
+        rt.seed(seed, 10**6)
+        assert torch.equal(torch.rand(3), first)
+
+
+@without_accelerator
+def test_a_start_seeds_every_generator():
+    def draw():
+        start("no", seed=7)
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    assert draw() == draw()
+
+
+# --- micro-batches ----------------------------------------------------------------------------
+
+
+class RecordingAccelerator:
+    """It notes which model does not exchange gradients at the moment."""
+
+    def __init__(self):
+        self.silent = None
+
+    @contextmanager
+    def no_sync(self, model):
+        self.silent = model
+        yield
+        self.silent = None
+
+
+BATCHES = [{"input_ids": torch.full((1, 2), number)} for number in range(3)]
+
+
+def test_the_micro_batches_of_a_step_come_in_order_and_on_the_device():
+    found = list(cpu_runtime().accumulate("model", BATCHES))
+    for batch, expected in zip(found, BATCHES, strict=True):
+        assert batch["input_ids"].device == CPU
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ranks_exchange_gradients_with_the_last_micro_batch_only(count):
+    accelerator = RecordingAccelerator()
+    rt = replace(cpu_runtime(), accelerator=accelerator)
+    silent = [accelerator.silent for _ in rt.accumulate("model", BATCHES[:count])]
+    assert silent == ["model"] * (count - 1) + [None]
+    assert accelerator.silent is None
+
+
+def test_what_the_ranks_average_is_their_sum_and_fp16s_scale_is_in_it():
+    weight = torch.ones(1, requires_grad=True)
+    for rt, expected in (
+        (cpu_runtime(), 2.0),
+        (replace(cpu_runtime(), world=3), 6.0),
+        (replace(cpu_runtime(torch.float16), world=3), 6.0 * 2**16),
+    ):
+        weight.grad = None
+        rt.backward((2 * weight).sum())
+        assert float(weight.grad) == expected
+
+
+def test_one_process_is_all_ranks():
+    rt = cpu_runtime()
+    assert rt.sum(tensor := torch.ones(2)) is tensor
+    assert (rt.any(True), rt.any(False), rt.all(True), rt.all(False)) == (True, False, True, False)
+    assert rt.from_main("value") == "value"
+    with rt.main_first():
+        rt.wait()
+
+
+def test_the_first_rank_alone_speaks(capsys):
+    rt = cpu_runtime()
+    replace(rt, rank=1).say("the second")
+    rt.say("the first")
+    assert capsys.readouterr().out == "the first\n"
+
+
+# --- launcher, compiler, signals --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin"),
+    [
+        ("DEEPSPEED", {}),
+        ("MEGATRON_LM", {}),
+        ("FSDP", {"fsdp_version": 1}),
+        ("FSDP", {"cpu_offload": CPUOffloadPolicy()}),
+    ],
+)
+def test_a_launcher_set_to_what_these_scripts_cannot_do_is_refused(kind, plugin):
+    with pytest.raises(ValueError, match=f"for {kind} in a way that these scripts do not know"):
+        check_launcher(launched(kind, **plugin))
+
+
+@pytest.mark.parametrize("kind", ["NO", "MULTI_GPU", "MULTI_CPU", "FSDP"])
+def test_torchrun_and_sharding_of_version_2_are_known(kind):
+    check_launcher(launched(kind))
+
+
+def launched(kind: str, **plugin):
+    """What accelerate's launcher would make of its configuration."""
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": OffloadPolicy()} | plugin)
+    return SimpleNamespace(
+        distributed_type=DistributedType[kind],
+        is_fsdp2=plugin.fsdp_version == 2,
+        state=SimpleNamespace(fsdp_plugin=plugin),
+    )
+
+
+@pytest.mark.parametrize(
+    ("torch_compile", "device", "expected"),
+    [("auto", CPU, False), ("auto", CUDA, True), (True, CPU, True), (False, CUDA, False)],
+)
+def test_auto_compiles_on_cuda_only(torch_compile, device, expected):
+    model = tiny_model()
+    compile_blocks(model, torch_compile, device)
+    assert all((block._compiled_call_impl is not None) == expected for block in model.model.layers)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_and_the_handler_before_comes_back(number):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert stop.received is None
+        signal.raise_signal(number)
+        assert stop.received == number.name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
