@@ -127,14 +127,14 @@ def test_a_wrong_option_is_one_line_before_anything_loads(
 
 
 def test_serving_without_its_extra_says_what_to_install(monkeypatch, base_model):
-    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="transformers\\[serving\\]"):
         chat.serve(base_model, 8000)
 
 
 def test_a_server_that_fails_is_an_error(monkeypatch, base_model):
-    monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     failed = subprocess.CompletedProcess([], 3)
-    monkeypatch.setattr(chat.subprocess, "run", lambda command: failed)
+    monkeypatch.setattr(subprocess, "run", lambda command: failed)
     with pytest.raises(ValueError, match="the server ended with 3; its reason is printed above"):
         chat.serve(base_model, 8000)

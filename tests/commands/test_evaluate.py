@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import tiny_model
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -21,6 +21,7 @@ from evaluate import (
     wilson_interval,
     window_log_probs,
 )
+from models import CustomLLM
 from tokenizer import create_tokenizer, encode_plain
 
 QUESTIONS = "id,question,A,B,C,D,answer\n0,天？,地,玄,黄,宇,B\n1,洪？,荒,日,月,盈,D\n"
@@ -39,13 +40,16 @@ def test_every_token_but_the_first_counts_once_with_context(length, window, stri
     assert counted == ids[1:]
 
 
-def test_windows_in_a_batch_score_as_each_by_itself(monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 24)
+def test_windows_in_a_batch_score_as_each_by_itself():
     model = tiny_model().eval()
     draws = [torch.randint(0, 64, (n,)).tolist() for n in (3, 9, 5, 8, 2)]
     windows = [(ids, 1 + i % 2) for i, ids in enumerate(draws)]
     windows[-1] = (draws[-1], 1)
-    for (ids, first), found in zip(windows, window_log_probs(model, windows), strict=True):
+    batches = []
+    model.model.register_forward_hook(lambda module, args, output: batches.append(args[0].shape))
+    scores = window_log_probs(model, windows, batch_tokens=24)
+    assert batches == [(2, 9), (3, 5)]
+    for (ids, first), found in zip(windows, scores, strict=True):
         log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = [log_probs[i - 1, ids[i]].item() for i in range(first, len(ids))]
         assert found.tolist() == pytest.approx(expected, abs=1e-5)
@@ -55,8 +59,6 @@ def test_bits_per_byte_equal_qwen3s_on_whole_documents(base_model):
     tokenizer = create_tokenizer(model_path=base_model)
     texts = ["天地玄黄，宇宙洪荒0。", "寒来暑往 abc 😀"]
     theirs = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
-    from models import CustomLLM
-
     ours = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
     scores = bits_per_byte(ours, tokenizer, iter(texts), 512, 256)
     nats = num_bytes = 0
@@ -74,8 +76,6 @@ def test_bits_per_byte_equal_qwen3s_on_whole_documents(base_model):
 
 
 def test_long_documents_are_scored_with_a_sliding_window(base_model):
-    from models import CustomLLM
-
     tokenizer = create_tokenizer(model_path=base_model)
     model = CustomLLM.from_pretrained(base_model, dtype=torch.float32).eval()
     text = "天地玄黄，宇宙洪荒。" * 30
@@ -108,21 +108,22 @@ def test_a_bad_question_names_file_and_line(tmp_path, answer):
         read_questions(str(tmp_path / "q.csv"))
 
 
-class Oracle:
-    """Stands for window_log_probs: the option "B" is always the likeliest."""
+def model_that_says(token: int) -> CustomLLM:
+    """The same logits everywhere: two times as large for one token as for all others."""
+    model = tiny_model(vocab_size=320).eval()
+    for layer in model.model.layers:
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            torch.nn.init.zeros_(last.weight)  # a position sees itself alone
+    torch.nn.init.ones_(model.model.embed_tokens.weight)
+    torch.nn.init.ones_(model.lm_head.weight)
+    torch.nn.init.constant_(model.lm_head.weight[token], 2.0)
+    return model
 
-    def __call__(self, model, windows):
-        wanted = {tuple(ids[first:]) for ids, first in windows[1:2]}
-        return [
-            torch.full((len(ids) - first,), -1.0 if tuple(ids[first:]) in wanted else -2.0).numpy()
-            for ids, first in windows
-        ]
 
-
-def test_accuracy_counts_the_likeliest_option_per_subject(monkeypatch, tokenizer):
-    monkeypatch.setattr(evaluate, "window_log_probs", Oracle())
+def test_accuracy_counts_the_likeliest_option_per_subject(tokenizer):
+    [[b]] = encode_plain(tokenizer, ["B"])
     questions = [Question(s, "问", ["一", "二"], a) for s, a in (("x", 1), ("x", 0), ("y", 1))]
-    rights = multiple_choice(None, tokenizer, questions, 0, False, 128)
+    rights = multiple_choice(model_that_says(b), tokenizer, questions, 0, False, 128)
     scores, lines = summarize_choices(rights)
     assert scores["x"]["summed"] == 0.5
     assert scores["y"]["summed"] == 1
@@ -132,18 +133,16 @@ def test_accuracy_counts_the_likeliest_option_per_subject(monkeypatch, tokenizer
     assert "95 %" in lines[0]
 
 
-def test_shots_are_shown_solved_and_not_scored(monkeypatch, tokenizer):
-    seen = []
-    monkeypatch.setattr(
-        evaluate, "window_log_probs", lambda m, w: (seen.extend(w), Oracle()(m, w))[1]
-    )
+def test_shots_are_shown_solved_and_not_scored(tokenizer):
+    seen, model = [], tiny_model(vocab_size=320).eval()
+    model.model.register_forward_hook(lambda module, args, output: seen.extend(args[0]))
     questions = [Question("x", f"问{i}", ["一", "二"], 1) for i in range(3)]
-    rights = multiple_choice(None, tokenizer, questions, 2, True, 512)
+    rights = multiple_choice(model, tokenizer, questions, 2, True, 512)
     assert len(rights["x"]["summed"]) == 1
-    text = tokenizer.decode(seen[0][0])
-    assert text == "问0\n答案：二\n\n问1\n答案：二\n\n问2\n答案：一"
+    shown = "问0\n答案：二\n\n问1\n答案：二\n\n问2\n答案："
+    assert {tokenizer.decode(ids) for ids in seen} == {shown + "一", shown + "二"}
     with pytest.raises(ValueError, match=r"No question is left to score after 3 .*: lower --shots"):
-        multiple_choice(None, tokenizer, questions, 3, True, 512)
+        multiple_choice(model, tokenizer, questions, 3, True, 512)
 
 
 def test_the_interval_is_wilsons():

@@ -1,22 +1,48 @@
 """A step never makes the GPU wait for its host, counted on a CPU; and it leaves no graph behind."""
 
+import contextlib
 import weakref
+from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from tiny import MODEL, dpo_config, pretrain_config, sft_config
+from tiny import (
+    MODEL,
+    cpu_runtime,
+    dpo_config,
+    pretrain_config,
+    sft_config,
+    tiny_model,
+    write_conversations,
+    write_corpus,
+    write_preferences,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_train
+import kernels
 import sft_train
 import train_llm
-from engine.optim import build_optimizers, optimizer_step
-from engine.steps import make_precision
-from models import CustomLLM, CustomLLMConfig
+from corpus.packing import PackedCollator
+from dpo_data import prepare_dpo_data
+from engine import optim, steps
+from engine.guards import FiniteGuard
+from engine.memory import checkpoint_activations
+from engine.preference import AnswerScorer, count_pairs
+from models import Backbone, CustomLLM, CustomLLMConfig
+from sft_data import prepare_sft_data
+from train_data import prepare_data
 
-CPU = torch.device("cpu")
+OPTIMIZER = {"learning_rate": 1e-3, "muon_learning_rate": 1e-2, "weight_decay": 0.1}
+ORDER = {"batch_size": 4, "gradient_accumulation_steps": 2, "num_epochs": 1, "max_steps": 3}
+ORDER |= {"seed": 0, "num_workers": 0}
+# What a GPU computes with, except its attention by document, which no CPU has.
+LIKE_A_GPU = replace(kernels.CUDA, can_attend_by_document=lambda *_: False)
 
 
 class CountLooks(TorchDispatchMode):
@@ -53,91 +79,140 @@ def test_every_way_to_look_at_a_value_is_counted():
         assert counter.looks == 1
 
 
-def looks_in_a_step(monkeypatch, stage, train, config) -> list[int]:
-    """How often each step looks at a value, from its first forward to after its update."""
-    counter, looks = CountLooks(), []
-    seed_step, is_due = stage.seed_step, stage.is_due
+def looks_in_steps(module, rows, collate, count, forward_backward, rt, optimizer) -> list[int]:
+    """How often each step looks at a value, from its first forward to after its update.
 
-    def start(*arguments):
-        seed_step(*arguments)
-        counter.__enter__()
-
-    def end(*arguments):
-        counter.__exit__(None, None, None)
+    module: the model, or what scores its answers. count: of the targets, before a step begins.
+    """
+    model = module.model if isinstance(module, AnswerScorer) else module
+    model.backend = LIKE_A_GPU
+    optimizers = optim.build(model, OPTIMIZER | {"optimizer": optimizer})
+    loader = steps.StepLoader(rows, collate, ORDER, rt)
+    finite = FiniteGuard(None, loader.order, rt)
+    looks = []
+    for step, micro_batches in loader:
+        num_targets, _ = count(micro_batches, rt)
+        totals = Counter()
+        with CountLooks() as counter:
+            for batch in rt.accumulate(module, micro_batches):
+                totals.update(forward_backward(module, batch, num_targets, rt))
+            finite.note(step, optim.step(model, optimizers, rt, 1.0))
         looks.append(counter.looks)
-        return is_due(*arguments)
-
-    monkeypatch.setattr(stage, "seed_step", start)
-    monkeypatch.setattr(stage, "is_due", end)
-    monkeypatch.setattr("kernels.cross_entropy.SKIPS_IGNORED", set())  # as on a GPU
-    monkeypatch.setattr("models.can_attend_by_document", lambda *_: False)  # reads their lengths
-    train(wandb_config=config | {"log_every": 0, "eval_every": 0, "save_every": 0, "max_steps": 3})
+        assert len(micro_batches) == 2
+        assert torch.isfinite(totals["loss"])
     return looks
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_pretraining_step_never_waits_for_the_device(monkeypatch, tmp_path, optimizer):
-    config = pretrain_config(tmp_path, optimizer=optimizer, mixed_precision="bf16")
-    config |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": "attention"}
-    assert looks_in_a_step(monkeypatch, train_llm, train_llm.train, config) == [0, 0, 0]
+def test_a_pretraining_step_never_waits_for_the_device(tmp_path, tokenizer_folder, optimizer):
+    path, cache = write_corpus(tmp_path), str(tmp_path / "cache")
+    splits, tokenizer = prepare_data(tokenizer_folder, path, 32, cache_dir=cache)
+    model, rt = tiny_model(vocab_size=320).train(), cpu_runtime(torch.bfloat16)
+    checkpoint_activations(model, "attention")
+    data = splits["train"], PackedCollator(32, tokenizer.pad_token_id), steps.count_targets
+    looks = looks_in_steps(model, *data, train_llm.forward_backward, rt, optimizer)
+    assert looks == [0, 0, 0]
+
+
+def test_an_sft_step_never_waits_for_the_device(tmp_path, tokenizer):
+    path, cache = write_conversations(tmp_path), str(tmp_path / "cache")
+    rows, collate = prepare_sft_data(tokenizer, path, 64, cache_dir=cache)
+    data = rows, collate, steps.count_targets
+    model, rt = tiny_model(vocab_size=320).train(), cpu_runtime()
+    looks = looks_in_steps(model, *data, sft_train.forward_backward, rt, "adamw")
+    assert looks == [0, 0, 0]
+
+
+def test_a_dpo_step_never_waits_for_the_device(tmp_path, tokenizer):
+    path, cache = write_preferences(tmp_path), str(tmp_path / "cache")
+    pairs, collate = prepare_dpo_data(tokenizer, path, 64, cache_dir=cache)
+    pairs = pairs.add_column("reference_logps", list(np.zeros((len(pairs), 2), np.float32)))
+
+    def forward_backward(*arguments):
+        return dpo_train.forward_backward(*arguments, dpo_train.DEFAULTS)
+
+    scorer, rt = AnswerScorer(tiny_model(vocab_size=320).train()), cpu_runtime()
+    looks = looks_in_steps(scorer, pairs, collate, count_pairs, forward_backward, rt, "adamw")
+    assert looks == [0, 0, 0]
+
+
+def test_the_same_count_finds_what_only_a_cpu_looks_at(tmp_path, tokenizer):
+    rows, collate = prepare_sft_data(
+        tokenizer, write_conversations(tmp_path), 64, cache_dir=str(tmp_path / "cache")
+    )
+    batch = collate([rows[0]])
+    for backend, is_seen in ((LIKE_A_GPU, False), (kernels.CPU, True)):
+        model = tiny_model(vocab_size=320).train()
+        model.backend = backend
+        with CountLooks() as counter:
+            sft_train.forward_backward(model, batch, 1, cpu_runtime())
+        assert (counter.looks > 0) == is_seen, backend.name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_step_of_experts_runs_on_tensors_that_have_no_values_to_look_at(monkeypatch, optimizer):
+def test_a_step_of_experts_runs_on_tensors_that_have_no_values_to_look_at(optimizer):
     # Not counted as above: on a CPU torch's grouped product itself reads the experts' counts.
-    monkeypatch.setattr("kernels.cross_entropy.SKIPS_IGNORED", set())  # as on a GPU
-    config = {"optimizer": optimizer, "learning_rate": 1e-3, "weight_decay": 0.1}
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         model = CustomLLM(CustomLLMConfig(64, use_moe=True, **MODEL)).train()
+        model.backend = kernels.CUDA
         ids = torch.ones(2, 16, dtype=torch.long)
         model(ids, labels=ids, skip_logits=True).loss.backward()
-        precision = make_precision(torch.bfloat16, CPU)
-        optimizer_step(model, build_optimizers(model, config), precision, 1.0)
+        optimizers = optim.build(model, OPTIMIZER | {"optimizer": optimizer})
+        optim.step(model, optimizers, cpu_runtime(torch.bfloat16), 1.0)
         with pytest.raises(DataDependentOutputException):
             float(model(ids, labels=ids).loss)
-
-
-def test_an_sft_step_never_waits_for_the_device(monkeypatch, tmp_path, base_model):
-    config = sft_config(tmp_path, base_model)
-    assert looks_in_a_step(monkeypatch, sft_train, sft_train.train_sft, config) == [0, 0, 0]
-
-
-def test_a_dpo_step_never_waits_for_the_device(monkeypatch, tmp_path, base_model):
-    config = dpo_config(tmp_path, base_model)
-    assert looks_in_a_step(monkeypatch, dpo_train, dpo_train.train_dpo, config) == [0, 0, 0]
 
 
 class Mark:
     """Lives as long as the graph that it is put into."""
 
 
-@pytest.mark.parametrize("stage", [train_llm, sft_train, dpo_train])
-def test_a_micro_batchs_graph_is_gone_before_the_next_forward(
-    monkeypatch, tmp_path, base_model, stage
-):
-    marks, alive, backward, to_device = [], [], torch.Tensor.backward, stage.to_device
+@contextlib.contextmanager
+def watch_graphs():
+    """Yields a list: at each forward pass with gradients, whether a graph before it still lives."""
+    marks, alive = [], []
 
-    def mark_and_run(loss):  # loss * world: the one before is what the loop has a name for
-        mark = Mark()
-        loss.grad_fn.next_functions[0][0].metadata["mark"] = mark
-        marks.append(weakref.ref(mark))
-        backward(loss)
-        alive.append(marks[-1]() is not None)
+    def look(module, args):
+        if isinstance(module, Backbone) and torch.is_grad_enabled():
+            alive.append(any(mark() for mark in marks))
 
-    def look_and_move(*arguments):
-        alive.append(any(mark() for mark in marks))
-        return to_device(*arguments)
+    def put_mark(module, args, output):
+        if isinstance(module, Backbone) and torch.is_grad_enabled():
+            mark = Mark()
+            output[0].grad_fn.metadata["mark"] = mark
+            marks.append(weakref.ref(mark))
 
-    monkeypatch.setattr(torch.Tensor, "backward", mark_and_run)
-    monkeypatch.setattr(stage, "to_device", look_and_move)
+    handles = register_module_forward_pre_hook(look), register_module_forward_hook(put_mark)
+    try:
+        yield alive
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_a_graph_that_lives_on_is_seen_and_one_that_is_gone_is_not():
+    model, ids = tiny_model(), torch.ones(1, 8, dtype=torch.long)
+    with watch_graphs() as alive:
+        kept = model(ids, labels=ids, skip_logits=True)
+        kept.loss.backward()
+        kept = model(ids, labels=ids, skip_logits=True)
+        del kept
+        model(ids, labels=ids, skip_logits=True)
+    assert alive == [False, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_a_micro_batchs_graph_is_gone_before_the_next_forward(tmp_path, base_model, stage):
     train, make_config = {
-        train_llm: (train_llm.train, lambda folder, _: pretrain_config(folder)),
-        sft_train: (sft_train.train_sft, sft_config),
-        dpo_train: (dpo_train.train_dpo, dpo_config),
+        "pretrain": (train_llm.train, lambda folder, _: pretrain_config(folder)),
+        "sft": (sft_train.train_sft, sft_config),
+        "dpo": (dpo_train.train_dpo, dpo_config),
     }[stage]
     config = make_config(tmp_path, base_model) | {"batch_size": 2, "eval_every": 0}
-    train(wandb_config=config | {"gradient_accumulation_steps": 2, "max_steps": 2})
-    assert alive[:8] == [False, True] * 4  # before each forward, and after each backward
+    with watch_graphs() as alive:
+        train(wandb_config=config | {"gradient_accumulation_steps": 2, "max_steps": 2})
+    assert alive == [False] * 4
 
 
 @pytest.mark.parametrize(("optimizer", "looks"), [("adamw", 0), ("muon", 1)])
@@ -145,12 +220,11 @@ def test_with_fp16_muon_alone_asks_once_whether_the_gradients_overflowed(optimiz
     embedding, block, head = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8)
     model = nn.Sequential(embedding, block, head)
     model.get_input_embeddings, model.get_output_embeddings = lambda: embedding, lambda: head
-    precision = make_precision(torch.float16, CPU)
-    config = {"optimizer": optimizer, "learning_rate": 1e-3, "weight_decay": 0.1}
-    optimizers = build_optimizers(model, config)
+    rt = cpu_runtime(torch.float16)
+    optimizers = optim.build(model, OPTIMIZER | {"optimizer": optimizer})
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    precision.scaler.scale(torch.ones(()))  # creates the scale
+    rt.scaler.scale(torch.ones(()))  # creates the scale
     with CountLooks() as counter:
-        optimizer_step(model, optimizers, precision, 1.0)
+        optim.step(model, optimizers, rt, 1.0)
     assert counter.looks == looks

@@ -4,20 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import tiny_model
+from datasets import Dataset
+from tiny import cpu_runtime, tiny_model
 
 from dpo_data import PairCollator
-from engine.preference import (
-    AnswerScorer,
-    batch_losses,
-    check_loss_options,
-    dpo_loss,
-    preference_losses,
-    reference_logps,
-)
-from engine.steps import make_precision
+from dpo_train import check_loss_options, dpo_loss, pair_losses, preference_losses
+from engine.preference import AnswerScorer, pair_metrics, reference_logps
 
-CPU = torch.device("cpu")
 OPTIONS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
 OPTIONS |= {"length_normalized": False}
 
@@ -112,24 +105,52 @@ def example_batch() -> tuple[torch.Tensor, dict]:
 
 def test_metrics_are_sums_over_pairs_and_a_tie_is_half_right():
     logps, batch = example_batch()
-    _, sums = batch_losses(logps, batch, OPTIONS)
-    loss, chosen, rejected, margin, accuracy, *rest = sums.tolist()
-    assert loss == pytest.approx(-F.logsigmoid(torch.tensor(0.2)).item() + math.log(2))
-    assert (chosen, rejected, margin) == pytest.approx((0.1, -0.1, 0.2))
-    assert accuracy == 1.5
-    assert rest == [-12, -8, -1, 6, 18, 2]
+    _, sums = pair_losses(logps.requires_grad_(), batch, OPTIONS)
+    values = {name: value.item() for name, value in sums.items()}
+    assert values == pytest.approx(
+        {
+            "loss": -F.logsigmoid(torch.tensor(0.2)).item() + math.log(2),
+            "rewards/chosen": 0.1,
+            "rewards/rejected": -0.1,
+            "rewards/margins": 0.2,
+            "rewards/accuracies": 1.5,
+            "logps/chosen": -12,
+            "logps/rejected": -8,
+            "moved": -1,
+            "tokens": 6,
+            "bytes": 18,
+            "pairs": 2,
+        }
+    )
+    assert {value.dtype for value in sums.values()} == {torch.float64}
+    assert not any(value.requires_grad for value in sums.values())
+
+
+def test_metrics_are_means_over_pairs_or_over_the_chosen_answers_tokens_or_bytes():
+    _, sums = pair_losses(*example_batch(), OPTIONS)
+    metrics = pair_metrics(sums, cpu_runtime())
+    assert metrics["rewards/margins"] == pytest.approx(0.1)
+    assert metrics["rewards/accuracies"] == 0.75
+    assert (metrics["logps/chosen"], metrics["logps/rejected"]) == (-6, -4)
+    assert metrics["kl/chosen"] == pytest.approx(-1 / 6)
+    assert metrics["logps/chosen_per_token"] == -2
+    assert "val/bits_per_byte" not in metrics
+    held_out = pair_metrics(sums, cpu_runtime(), prefix="val/")
+    bits = held_out.pop("val/bits_per_byte")
+    assert bits == pytest.approx(12 / math.log(2) / 18)
+    assert held_out == {f"val/{name}": value for name, value in metrics.items()}
 
 
 def test_rpo_adds_the_chosen_answers_loss_per_token():
     logps, batch = example_batch()
-    plain, _ = batch_losses(logps, batch, OPTIONS)
-    rpo, _ = batch_losses(logps, batch, OPTIONS | {"rpo_alpha": 0.5})
+    plain, _ = pair_losses(logps, batch, OPTIONS)
+    rpo, _ = pair_losses(logps, batch, OPTIONS | {"rpo_alpha": 0.5})
     assert (rpo - plain).tolist() == pytest.approx([0.5 * 4 / 2, 0.5 * 8 / 4])
 
 
 def test_length_normalized_log_probs_are_per_token():
     logps, batch = example_batch()
-    losses, _ = batch_losses(logps, batch, OPTIONS | {"length_normalized": True})
+    losses, _ = pair_losses(logps, batch, OPTIONS | {"length_normalized": True})
     margin = (-4 / 2 + 5 / 2) - (-6 / 3 + 5 / 3)
     assert losses[0].item() == pytest.approx(-F.logsigmoid(torch.tensor(0.1 * margin)).item())
 
@@ -148,13 +169,11 @@ def test_impossible_loss_options_are_refused(changes, message):
         check_loss_options(OPTIONS | changes)
 
 
-def test_reference_log_probs_in_large_batches_equal_live_ones(monkeypatch):
-    from datasets import Dataset
-
-    monkeypatch.setattr("engine.preference.REFERENCE_BATCH", 3)
+def test_reference_log_probs_in_large_batches_equal_live_ones():
     model, pairs = tiny_model().eval(), random_pairs(8)
-    cached = reference_logps(
-        AnswerScorer(model), Dataset.from_list(pairs), PairCollator(0), make_precision(None, CPU)
-    )
-    live = AnswerScorer(model)(**PairCollator(0)(pairs)).detach()
+    scorer, collate = AnswerScorer(model), PairCollator(0)
+    rows = Dataset.from_list(pairs)
+    cached = reference_logps(scorer, rows, collate, cpu_runtime(), batch_size=3)
+    assert (cached.dtype, cached.shape) == (np.float32, (8, 2))
+    live = scorer(**collate(pairs)).detach()
     assert cached.flatten().tolist() == pytest.approx(live.tolist(), abs=1e-4)
