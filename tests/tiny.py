@@ -1,6 +1,8 @@
 """What tests share: a corpus and a configuration that train in a second on a CPU, and measures."""
 
+import importlib
 import json
+import os
 import random
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,9 +118,16 @@ def dpo_config(folder, base: str, **changes) -> dict:
     )
 
 
+def peer(module: str):
+    """A peer's module. Where it is not installed the test is skipped; with PEERS=1 it fails."""
+    if os.environ.get("PEERS"):
+        return importlib.import_module(module)
+    return pytest.importorskip(module, reason="a peer: see .ci/peers.txt")
+
+
 def trl_sft_trainer(folder, model_folder: str, tokenizer, conversations: list, **settings):
-    """TRL's trainer on the CPU over lists of messages; skips where TRL is not installed."""
-    trl = pytest.importorskip("trl", reason="a peer: pip install trl")
+    """TRL's trainer on the CPU over lists of messages."""
+    trl = peer("trl")
     return trl.SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         args=trl.SFTConfig(
