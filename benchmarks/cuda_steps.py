@@ -76,7 +76,8 @@ class Step:
             self.forward_backward = script.forward_backward
             batch, self.num_items = packed_rows(length, rows), rows * length  # targets
         self.rt = make_runtime(dtype, device)
-        self.model = CustomLLM(model_config).to(device).train()
+        self.model = CustomLLM(model_config).train()
+        self.rt.place(self.model)
         checkpoint_activations(self.model, level)
         self.optimizers = optim.build(self.model, script.DEFAULTS)
         self.batch = self.rt.to_device(batch)

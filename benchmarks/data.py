@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from peers import ROOT
 
@@ -30,7 +31,7 @@ ENCODE_CHARACTERS = 4_000_000  # enough for a steady rate
 
 def write_corpus(path: Path, source: Path, megabytes: float):
     """Documents of `source` again and again, each time with other numbers woven in."""
-    documents, size, turn = list(iter_documents(str(source))), 0, 0
+    documents, size, turn = list(iter_documents(str(source))), 0.0, 0
     with open(path, "w", encoding="utf-8") as stream:
         while size < megabytes * 1e6:
             for text in documents:
@@ -74,7 +75,7 @@ def start_up(folder: Path) -> float:
     command = [sys.executable, "-u", str(ROOT / "train_llm.py"), *words]
     for _ in range(2):
         started = time.perf_counter()
-        process = subprocess.Popen(
+        process: Any = subprocess.Popen(
             [*command, "--output_dir", str(folder / "runs")],
             cwd=ROOT,
             stdout=subprocess.PIPE,

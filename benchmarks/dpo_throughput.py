@@ -46,7 +46,8 @@ def run_ours(folder: Path, data: Path) -> tuple[float, int]:
         tokenizer, str(data), MAX_LENGTH, None, cache_dir=str(folder / "cache")
     )
     rt = our_runtime()
-    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(rt.device)
+    model = CustomLLM.from_pretrained(folder, dtype=torch.float32)
+    rt.place(model)
     scorer = AnswerScorer(model)
     config = DEFAULTS | {"optimizer": "adamw", "learning_rate": 1e-6, "weight_decay": 0.0}
     optimizers = optim.build(model, config)

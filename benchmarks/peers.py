@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -20,7 +21,13 @@ import transformers  # noqa: E402
 from engine.runtime import Runtime, has_native_bf16, make_runtime  # noqa: E402
 from models import CustomLLM, CustomLLMConfig  # noqa: E402
 
-SIZES = {"d_model": 256, "n_heads": 4, "n_layers": 4, "d_ff": 704, "max_seq_len": 512}
+SIZES: dict[str, Any] = {
+    "d_model": 256,
+    "n_heads": 4,
+    "n_layers": 4,
+    "d_ff": 704,
+    "max_seq_len": 512,
+}
 DTYPE = torch.bfloat16 if torch.cuda.is_available() or has_native_bf16() else None
 
 

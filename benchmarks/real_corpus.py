@@ -18,16 +18,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from peers import ROOT, print_table, run_rounds
 
-import train_data
 import train_llm
-from corpus.documents import iter_documents
-from corpus.packing import PackedCollator
-from engine.optim import build_optimizers, optimizer_step
-from engine.sharding import make_accelerator
-from engine.steps import StepSampler, choose_precision, count_tokens, seed_everything
-from tokenizer import train_tokenizer
+from corpus.cache import cached_splits
+from corpus.documents import corpus_hash, iter_documents
+from corpus.packing import PackedCollator, split_windows
+from engine import optim, runtime
+from engine.steps import StepSampler, count_targets
+from engine.tracker import read_metrics
+from models import CustomLLM
+from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
+from train_data import CACHE_VERSION, prepare_data
 
 CORPORA = ["pt_libreoffice_help", "pt_manpages_zh", "pt_china_law"]
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 1408, "vocab_size": 6400}  # 22 M
@@ -35,58 +39,75 @@ LOOP = {"batch_size": 8, "max_seq_len": 512, "eval_every": 0, "sample_every": 0,
 STEPS = 6  # counted, after one that warms up
 
 
-def one_document_a_row(segments, capacity: int):
-    return [[segment] for segment in segments], 0
+def prepare_unpacked(config: dict, keep_ends: bool):
+    """Fill the loop's cache of rows with rows of one document each, in place of packed ones.
 
+    keep_ends: a document longer than a row goes on in the next row. Otherwise it is cut, and the
+    end of text token stays.
+    """
+    tokenizer = create_tokenizer(model_path=config["tokenizer_path"])
+    capacity, path = config["max_seq_len"], config["dataset"]
 
-def without_ends(encode, capacity: int):
-    """encode_plain for documents that end where their row does; the end of text token stays."""
-    return lambda tokenizer, texts: [ids[: capacity - 1] for ids in encode(tokenizer, texts)]
+    def write(folder: Path, split):
+        rows: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+        documents = list(iter_documents(path))
+        encoded = encode_plain(tokenizer, documents)
+        for text, ids in zip(documents, encoded, strict=True):
+            kept = [*(ids if keep_ends else ids[: capacity - 1]), tokenizer.eos_token_id]
+            ends = np.cumsum(split_windows(len(kept), capacity))  # of the document's rows
+            rows[split(text)] += np.split(np.array(kept, np.uint32), ends[:-1])
+        for name, input_ids in rows.items():
+            position_ids = [np.arange(len(row), dtype=np.uint32) for row in input_ids]
+            table = pa.table({"input_ids": input_ids, "position_ids": position_ids})
+            with pa.ipc.new_stream(str(folder / f"{name}.arrow"), table.schema) as stream:
+                stream.write_table(table)
+        lengths = [len(row) for input_ids in rows.values() for row in input_ids]
+        counts = {"documents": len(documents), "characters": sum(map(len, documents))}
+        counts |= {"tokens": sum(lengths), "rows": len(lengths), "documents cut to fill rows": 0}
+        counts["padding"] = len(lengths) * capacity - counts["tokens"]
+        (folder / "statistics.json").write_text(json.dumps(counts))
+
+    # As in prepare_data: the name of the cache folder is a hash of all this.
+    settings = [corpus_hash(path), tokenizer_identity(tokenizer), capacity, CACHE_VERSION]
+    cached_splits("pretrain", path, settings, 0.05, f"{config['output_dir']}/cache", write)
 
 
 def run_loop(config: dict) -> dict:
-    """Train, noting when each step takes its batch and how many tokens that holds."""
-    moments, tokens = [], []
-
-    def count(micro_batches, accelerator):
-        targets, real = count_tokens(micro_batches, accelerator)
-        moments.append(time.perf_counter())
-        tokens.append(real)
-        return targets, real
-
-    train_llm.count_tokens = count
-    train_llm.SAMPLE_PROMPTS.clear()
-    train_llm.train(wandb_config=config)
-    rate = sum(tokens[1:-1]) / (moments[-1] - moments[1])
-    return {"tokens_per_second": rate, "useful": sum(tokens) / len(tokens)}
+    """Train. The loop's own log says how many tokens a step had, and how many a second."""
+    final = Path(train_llm.train(wandb_config=config))
+    caches = list(Path(config["output_dir"], "cache").glob("pretrain-*"))
+    if len(caches) != 1:
+        raise SystemExit("The loop made rows of its own: prepare_unpacked is out of date.")
+    logged = [m for m in read_metrics(final.parent / "metrics.jsonl") if "train/tokens_seen" in m]
+    tokens = np.diff([0, *(metrics["train/tokens_seen"] for metrics in logged)])
+    seconds = tokens / [metrics["train/tokens_per_second"] for metrics in logged]
+    rate = tokens[1:-1].sum() / seconds[1:-1].sum()
+    return {"tokens_per_second": float(rate), "useful": float(tokens.mean())}
 
 
 def run_steps(config: dict) -> dict:
     """The same steps on the same rows, without a loop around them."""
-    accelerator = make_accelerator()
-    precision = choose_precision(config["mixed_precision"], accelerator.device, lambda text: None)
-    seed_everything(config["seed"])
-    splits, tokenizer = train_data.prepare_data(
+    rt = runtime.start(config["mixed_precision"], config["seed"])
+    splits, tokenizer = prepare_data(
         config["tokenizer_path"],
         config["dataset"],
         config["max_seq_len"],
         cache_dir=f"{config['output_dir']}/cache",
     )
-    model = train_llm.CustomLLM(train_llm.make_model_config(config, len(tokenizer)))
-    model.to(accelerator.device).train()
-    optimizers = build_optimizers(model, config)
+    model = CustomLLM(train_llm.make_model_config(config, len(tokenizer)))
+    rt.place(model.train())
+    optimizers = optim.build(model, config)
     sampler = StepSampler(len(splits["train"]), config)
     collate = PackedCollator(config["max_seq_len"], tokenizer.pad_token_id)
     rows = splits["train"].with_format("numpy")
-    batches = [collate([rows[i] for i in sampler.step_rows(step)]) for step in range(STEPS + 1)]
-    counts = [count_tokens([batch], accelerator) for batch in batches]
-    for step, (batch, (targets, _)) in enumerate(zip(batches, counts, strict=True)):
-        if step == 1:
+    steps = range(1, STEPS + 2)
+    batches = [collate([rows[i] for i in sampler.step_rows(step)]) for step in steps]
+    counts = [count_targets([batch], rt) for batch in batches]
+    for step, batch, (targets, _) in zip(steps, batches, counts, strict=True):
+        if step == 2:
             started = time.perf_counter()
-        with precision.autocast():
-            output = model(**batch, num_items_in_batch=targets, skip_logits=True)
-        precision.scaler.scale(output.loss).backward()
-        float(optimizer_step(model, optimizers, precision, config["max_grad_norm"]))
+        train_llm.forward_backward(model, rt.to_device(batch), targets, rt)
+        float(optim.step(model, optimizers, rt, config["max_grad_norm"]))
     tokens = [real for _, real in counts]
     rate = sum(tokens[1:]) / (time.perf_counter() - started)
     return {"tokens_per_second": rate, "useful": sum(tokens) / len(tokens)}
@@ -98,10 +119,7 @@ def run_variant(name: str, folder: Path, data: str) -> dict:
     config |= {"dataset": data, "output_dir": str(output), "max_steps": STEPS + 2, "resume": False}
     config["tokenizer_path"] = str(folder / "tokenizer")
     if name in ("padded", "split"):
-        train_data.pack_segments = one_document_a_row
-    if name == "padded":
-        encode = train_data.encode_plain
-        train_data.encode_plain = without_ends(encode, config["max_seq_len"])
+        prepare_unpacked(config, keep_ends=name == "split")
     return run_steps(config) if name == "step" else run_loop(config)
 
 

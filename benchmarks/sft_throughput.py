@@ -57,7 +57,8 @@ def run_ours(folder: Path, data: Path, packed: bool) -> tuple[float, int]:
             labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
             rows.append({"input_ids": ids, "position_ids": range(len(ids)), "labels": labels})
     rt = our_runtime()
-    model = CustomLLM.from_pretrained(folder, dtype=torch.float32).to(rt.device).train()
+    model = CustomLLM.from_pretrained(folder, dtype=torch.float32)
+    rt.place(model.train())
     config = {"optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 0.0}
     optimizers = optim.build(model, config)
     targets, started = 0, time.perf_counter()

@@ -15,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 from peers import print_table
@@ -93,7 +94,7 @@ def serve_steps(arguments):
 
 def measure(arguments, variants: list[str]) -> dict:
     """Steps of all variants in turn, after two rounds that warm up and compile."""
-    processes = {}
+    processes: dict[str, Any] = {}
     for variant in variants:
         words = ["--variant", variant, "--model", arguments.model, "--shape"]
         command = [sys.executable, __file__, *words, *map(str, arguments.shape)]

@@ -18,21 +18,29 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
-from peers import ROOT, precision
+from peers import ROOT, our_runtime
 
-from corpus.packing import PackedCollator, target_bytes
-from engine.optim import build_optimizers, learning_rate_factor, optimizer_step, set_learning_rate
-from engine.sharding import make_accelerator
-from engine.steps import count_tokens, to_device, validate
-from kernels.cross_entropy import chunked_cross_entropy
-from models import CustomLLM, CustomLLMConfig
+from corpus.cache import target_bytes
+from corpus.packing import PackedCollator
+from engine import optim
+from engine.evaluation import validate
+from engine.runtime import Runtime, keep_freed_memory
+from engine.steps import count_targets
+from models import CustomLLM, CustomLLMConfig, ResidualLinear
 from train_data import prepare_data
 
 REAL = ROOT.parent / "shared" / "data" / "real"
 CORPORA = ["pt_china_law", "pt_libreoffice_help", "pt_manpages_zh", "pt_debian_docs"]
-SIZES = {"d_model": 256, "n_heads": 4, "n_layers": 6, "d_ff": 704, "max_seq_len": 256}  # 6.5 M
+SIZES: dict[str, Any] = {  # 6.5 M parameters
+    "d_model": 256,
+    "n_heads": 4,
+    "n_layers": 6,
+    "d_ff": 704,
+    "max_seq_len": 256,
+}
 BUDGET = 320 * 16  # rows of 256 tokens: 1.3 M tokens
 
 
@@ -41,7 +49,7 @@ class Recipe:
     """What is tuned. Sizes of `model` are put over SIZES; ramps are shares of the budget."""
 
     optimizer: str = "adamw"
-    learning_rate: float = 5e-4
+    learning_rate: float = 5e-4  # of AdamW; the matrices that Muon takes have ten times as much
     rows: int = BUDGET  # the budget
     batch: int = 16  # rows of one step
     schedule: str = "cosine"  # or "linear", "constant"
@@ -53,6 +61,10 @@ class Recipe:
     length_ramp: float = 0.0  # first share of the budget with rows cut in two
     scaled_init: bool = True  # projections into the residual stream / sqrt(2 * n_layers)
     model: tuple = ()
+
+    def settings(self) -> dict:
+        """What the optimizers and their schedule read."""
+        return dataclasses.asdict(self) | {"muon_learning_rate": 10 * self.learning_rate}
 
 
 PLAIN = Recipe(schedule="constant", warmup_ratio=0.0, weight_decay=0.01)
@@ -111,42 +123,59 @@ def learning_rate_share(recipe: Recipe, progress: float) -> float:
     if recipe.schedule == "constant":
         return min(1.0, (progress + 1e-3) / max(recipe.warmup_ratio, 1e-3))
     if recipe.schedule == "cosine":
-        return learning_rate_factor(int(progress * 10_000), 10_000, dataclasses.asdict(recipe))
+        step = int(progress * 10_000) + 1  # as if there were so many steps
+        return optim.learning_rate_factor(step, 10_000, recipe.settings())
     rising = (progress + 1e-3) / max(recipe.warmup_ratio, 1e-3)
     falling = (1 - progress) / (1 - recipe.warmup_ratio)
     return min(rising, recipe.min_lr_ratio + (1 - recipe.min_lr_ratio) * min(1.0, falling))
 
 
+def set_share(optimizers, share: float):
+    """Set every learning rate to its own peak times the share, by a schedule of any shape."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+
+
 def cut_in_two(batch: dict) -> dict:
-    return {name: t.reshape(2 * len(t), -1) for name, t in batch.items()}
+    """Every row becomes two rows of half the length."""
+    batch, bounds = dict(batch), batch["cu_seq_lens_q"]  # (documents + 1,)
+    del batch["cu_seq_lens_q"]
+    halves = {name: t.reshape(2 * len(t), -1) for name, t in batch.items()}
+    length = halves["input_ids"].shape[1]
+    row_starts = torch.arange(0, int(bounds[-1]), length, dtype=bounds.dtype)
+    return halves | {"cu_seq_lens_q": torch.cat([bounds, row_starts]).unique()}
 
 
 def loss_of(model, batch: dict, num_items: int, z_loss: float) -> torch.Tensor:
     if not z_loss:
         return model(**batch, num_items_in_batch=num_items, skip_logits=True).loss
-    hidden, _, _ = model.model(batch["input_ids"], batch["attention_mask"], batch["position_ids"])
+    names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q")
+    hidden, _, _ = model.model(**{name: batch[name] for name in names})
     hidden, targets = hidden[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
     normalizer = model.lm_head(hidden[targets >= 0]).float().logsumexp(-1)
-    loss = chunked_cross_entropy(hidden, model.lm_head.weight, targets)
+    backend = model.backend
+    loss = backend.cross_entropy(hidden, model.lm_head.weight, targets, backend.chunks)
     return (loss + z_loss * normalizer.square().sum()) / num_items
 
 
-def build(recipe: Recipe, vocab_size: int, seed: int):
+def build(recipe: Recipe, vocab_size: int, seed: int, rt: Runtime):
     torch.manual_seed(seed)
     model = CustomLLM(CustomLLMConfig(vocab_size, **(SIZES | dict(recipe.model)))).train()
     if not recipe.scaled_init:
         scale = (2 * model.config.n_layers) ** 0.5
         for module in model.modules():
-            if getattr(module, "writes_residual", False):
+            if isinstance(module, ResidualLinear):
                 module.weight.data *= scale
-    return model, build_optimizers(model, dataclasses.asdict(recipe))
+    rt.place(model)
+    return model, optim.build(model, recipe.settings())
 
 
 def run(recipe: Recipe, seed: int, data) -> dict:
     """Train one model; {"seconds" of its steps, "bits_per_byte" at the end, "curve"}."""
     splits, tokenizer, validation, num_bytes = data
-    at, accelerator = precision(), make_accelerator()
-    model, optimizers = build(recipe, len(tokenizer), seed)
+    rt = our_runtime()
+    model, optimizers = build(recipe, len(tokenizer), seed, rt)
     rows = splits["train"].with_format("numpy")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     collate = PackedCollator(SIZES["max_seq_len"], tokenizer.pad_token_id)
@@ -157,18 +186,18 @@ def run(recipe: Recipe, seed: int, data) -> dict:
         batch = collate([rows[i % len(rows)] for i in order[taken : taken + size]])
         if progress < recipe.length_ramp:
             batch = cut_in_two(batch)
-        num_items, _ = count_tokens([batch], accelerator)
-        set_learning_rate(optimizers, learning_rate_share(recipe, progress))
-        with at.autocast():
-            loss = loss_of(model, to_device(batch, at.device), num_items, recipe.z_loss)
-        loss.backward()
-        optimizer_step(model, optimizers, at, 1.0)
+        num_items, _ = count_targets([batch], rt)
+        set_share(optimizers, learning_rate_share(recipe, progress))
+        with rt.autocast():
+            loss = loss_of(model, rt.to_device(batch), num_items, recipe.z_loss)
+        rt.backward(loss)
+        optim.step(model, optimizers, rt, 1.0)
         taken, step = taken + size, step + 1
         seconds += time.perf_counter() - started
         if step % 40 == 0 and taken < recipe.rows:
-            quality = validate(model, validation, num_bytes, at, accelerator)["val/bits_per_byte"]
+            quality = validate(model, validation, num_bytes, rt)["val/bits_per_byte"]
             curve.append((taken, round(seconds, 2), round(quality, 4)))
-    quality = validate(model, validation, num_bytes, at, accelerator)["val/bits_per_byte"]
+    quality = validate(model, validation, num_bytes, rt)["val/bits_per_byte"]
     return {"seconds": seconds, "steps": step, "bits_per_byte": quality, "curve": curve}
 
 
@@ -252,6 +281,8 @@ def main():
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--search", action="store_true")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        keep_freed_memory()  # as the stages do on a CPU
     with tempfile.TemporaryDirectory() as cache:
         data = load_data(cache)
         search(data) if arguments.search else compare(arguments.seeds, arguments.recipes, data)
