@@ -58,9 +58,16 @@ def read_commands(readme: str) -> Iterator[tuple[str, list[str]]]:
 def run(command: list[str], folder: Path):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONIOENCODING": "utf-8"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "input": STDIN}
     start = time.monotonic()
-    done = subprocess.run(command, cwd=folder, env=environment, encoding="utf-8", **pipes)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        encoding="utf-8",
+        input=STDIN,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     if done.returncode:
         raise SystemExit(f"{done.stdout}\nexit status {done.returncode}: {command[-1]}")
     print(f"    {time.monotonic() - start:.0f} s", flush=True)

@@ -26,7 +26,7 @@ SURROGATE = st.builds("{}{}{}".format, TEXT, st.characters(categories=["Cs"]), T
 
 def cases(count: int) -> settings:
     """So many examples of a property in the suite; 16 times as many with the profile "long"."""
-    count = count * settings.default.max_examples // 100
+    count = count * settings().max_examples // 100
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
     return settings(max_examples=count, suppress_health_check=slow)
 

@@ -48,6 +48,10 @@ def without_main(tree: ast.Module) -> ast.Module:
     return ast.Module(body, [])
 
 
+def lines_of(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
 def layer_of(module: str) -> int:
     top = module.partition(".")[0]
     return next(number for number, layer in enumerate(LAYERS) if top in layer)
@@ -91,19 +95,19 @@ def test_a_stage_opens_with_at_most_25_lines_of_imports(stage):
     imports = [
         n for n in parse(ROOT / f"{stage}.py").body if isinstance(n, (ast.Import, ast.ImportFrom))
     ]
-    assert sum(node.end_lineno - node.lineno + 1 for node in imports) <= 25
+    assert sum(map(lines_of, imports)) <= 25
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_loop_is_about_60_lines(stage):
     loops = [n for n in ast.walk(parse(ROOT / f"{stage}.py")) if isinstance(n, ast.For)]
-    assert 30 < max(loop.end_lineno - loop.lineno + 1 for loop in loops) <= 60
+    assert 30 < max(map(lines_of, loops)) <= 60
 
 
 def test_pretraining_and_fine_tuning_have_the_same_loop():
     def loop(stage: str) -> str:
         found = [n for n in ast.walk(parse(ROOT / f"{stage}.py")) if isinstance(n, ast.For)]
-        return ast.unparse(max(found, key=lambda node: node.end_lineno - node.lineno))
+        return ast.unparse(max(found, key=lines_of))
 
     assert loop("train_llm") == loop("sft_train")
 

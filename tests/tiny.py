@@ -31,8 +31,12 @@ LOOP = {
     "sample_every": 0,
 }
 PRETRAIN = MODEL | LOOP | {"max_seq_len": 32, "vocab_size": 300}
-EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss", "val/bits_per_byte")
-EXACT += (
+EXACT = (
+    "train/loss",
+    "train/grad_norm",
+    "train/learning_rate",
+    "val/loss",
+    "val/bits_per_byte",
     "rewards/margins",
     "rewards/accuracies",
     "logps/chosen",

@@ -31,7 +31,7 @@ def writer_of(texts: list[str]):
     """What a stage gives to cached_splits: each text is one row."""
 
     def write(folder: Path, split):
-        chosen = {name: [] for name in SPLITS}
+        chosen: dict[str, list[str]] = {name: [] for name in SPLITS}
         for text in texts:
             chosen[split(text)].append(text)
         for name, column in chosen.items():

@@ -38,7 +38,8 @@ def trained(steps: int = 1):
 
 def save(run, step: int, val_loss=None, parts=None):
     state = {"step": step, "val_loss": val_loss, "data_fingerprint": "a"}
-    return checkpoint.save(run, *(parts or trained()), state, {"keep_checkpoints": 2})
+    model, optimizers, rt = parts or trained()
+    return checkpoint.save(run, model, optimizers, rt, state, {"keep_checkpoints": 2})
 
 
 def names(run) -> list[str]:

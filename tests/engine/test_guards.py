@@ -131,7 +131,8 @@ def tiny_parts(stage: str):
     config = scripts[stage].DEFAULTS | LOOP
     config |= {"batch_size": "auto", "gradient_accumulation_steps": 2, "optimizer": "muon"}
     torch.manual_seed(0)
-    model = CustomLLM(CustomLLMConfig(64, max_seq_len=64, **MODEL)).train()
+    sizes: dict = MODEL | {"max_seq_len": 64}
+    model = CustomLLM(CustomLLMConfig(64, **sizes)).train()
     if stage == "dpo":
         trial = dpo_train.trial_step(config), PairCollator(0, 32).full_batch
     else:

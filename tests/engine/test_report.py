@@ -35,7 +35,7 @@ def lines(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def make_log(folder, rt=None) -> Log:
+def make_log(folder, rt=None):
     loader = SimpleNamespace(start_step=2, total_steps=10)
     return Log(Run(folder), "project", {}, rt or cpu_runtime(), tiny_model(), loader, 1000)
 

@@ -208,11 +208,11 @@ def test_torchrun_and_sharding_of_version_2_are_known(kind):
 
 def launched(kind: str, **plugin):
     """What accelerate's launcher would make of its configuration."""
-    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": OffloadPolicy()} | plugin)
+    made = SimpleNamespace(**{"fsdp_version": 2, "cpu_offload": OffloadPolicy()} | plugin)
     return SimpleNamespace(
         distributed_type=DistributedType[kind],
-        is_fsdp2=plugin.fsdp_version == 2,
-        state=SimpleNamespace(fsdp_plugin=plugin),
+        is_fsdp2=made.fsdp_version == 2,
+        state=SimpleNamespace(fsdp_plugin=made),
     )
 
 

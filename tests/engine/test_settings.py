@@ -184,10 +184,11 @@ def comments_by_key(module) -> dict[str, str]:
     [keys] = [
         node.value.keys
         for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "wandb_config"
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "wandb_config"
         if isinstance(node.value, ast.Dict)
     ]
-    return {key.value: comments[key.lineno] for key in keys if key.lineno in comments}
+    lines = {ast.literal_eval(key): key.lineno for key in keys if key}
+    return {key: comments[line] for key, line in lines.items() if line in comments}
 
 
 @pytest.mark.parametrize(("module", "function"), STAGES.values(), ids=STAGES)

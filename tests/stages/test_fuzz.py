@@ -303,12 +303,12 @@ def test_both_answers_of_a_pair_follow_one_question(tokenizer, pairs, max_length
 
 def preferences(pairs: list[tuple]) -> list[tuple]:
     """Each pair once, where both answers have words and differ."""
-    kept = []
+    kept: list[tuple] = []
     for _, *pair in pairs:
         _, chosen, rejected = pair
         words = chosen.strip(), rejected.strip()
-        if all(words) and words[0] != words[1] and pair not in kept:
-            kept.append(pair)
+        if all(words) and words[0] != words[1] and tuple(pair) not in kept:
+            kept.append(tuple(pair))
     return kept
 
 

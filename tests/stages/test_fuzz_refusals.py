@@ -31,11 +31,11 @@ from train_data import prepare_data
 
 # --- records of any shape -----------------------------------------------------------------------
 
-KEYS = "messages conversations instruction input response output history system role content from"
-KEYS = st.sampled_from([*KEYS.split(), "value", "prompt", "chosen", "rejected", "text"])
-LEAF = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | SURROGATE
+NAMES = "messages conversations instruction input response output history system role content from"
+KEYS = st.sampled_from([*NAMES.split(), "value", "prompt", "chosen", "rejected", "text"])
+LEAF: st.SearchStrategy = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | SURROGATE
 LEAF |= st.sampled_from(["user", "assistant", "system", "gpt"])
-JSON = st.recursive(
+JSON: st.SearchStrategy = st.recursive(
     LEAF,
     lambda value: st.lists(value, max_size=3) | st.dictionaries(KEYS, value, max_size=4),
     max_leaves=8,
@@ -68,7 +68,7 @@ def test_a_record_of_any_shape_is_used_or_refused_by_file_and_line(
 # --- configurations -----------------------------------------------------------------------------
 
 STAGES = {"pretrain": train_llm, "sft": sft_train, "dpo": dpo_train}
-WILD = [
+WILD: list = [
     None,
     True,
     False,
