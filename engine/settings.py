@@ -167,14 +167,25 @@ def parse_arguments(words: list[str], stage_function, defaults: dict) -> dict:
 
     Unknown keys are kept: resolve() names the nearest known one.
     """
-    parsed, unknown = make_parser(stage_function, defaults).parse_known_args(words)
+    parsed, unknown = make_parser(stage_function, defaults).parse_known_args(join_values(words))
     known = vars(parsed)
     for word in unknown:
-        if word.startswith("--"):
-            known[word[2:].partition("=")[0]] = None
-        elif not any(other.startswith("--") for other in unknown):
+        if not word.startswith("--"):
             raise ValueError(f"expected --key value, found {word!r}. --help lists the keys.")
+        known[word[2:].partition("=")[0]] = None
     return known
+
+
+def join_values(words: list[str]) -> list[str]:
+    """['--key', 'value'] -> ['--key=value']: argparse takes a value such as -1e-3 for an option."""
+    joined: list[str] = []
+    for word in words:
+        last = joined[-1] if joined else ""
+        if last.startswith("--") and "=" not in last and not word.startswith("--"):
+            joined[-1] = f"{last}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def run_from_command_line(stage_function, defaults: dict):

@@ -140,6 +140,12 @@ def test_a_malformed_command_line_is_refused(words, message):
         parse_arguments(words.split(), stage, DEFAULTS)
 
 
+def test_a_value_may_begin_with_a_dash():
+    words = ["--learning_rate", "-1e-3", "--dataset", "-x", "--warmup_ratio=-1"]
+    expected = {"learning_rate": -1e-3, "dataset": "-x", "warmup_ratio": -1}
+    assert parse_arguments(words, stage, DEFAULTS) == expected
+
+
 @pytest.mark.parametrize("words", ["--batch_siz 3", "--batch_siz=3", "--use_moe true --batch_siz"])
 def test_an_unknown_key_of_the_command_line_names_the_nearest_known_one(monkeypatch, words):
     command_line(monkeypatch, *words.split())
