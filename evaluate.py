@@ -29,7 +29,9 @@ BATCH_TOKENS = 8192  # of one forward pass
 
 
 @torch.no_grad()
-def window_log_probs(model, windows: list[tuple[list[int], int]]) -> list[np.ndarray]:
+def window_log_probs(
+    model, windows: list[tuple[list[int], int]], batch_tokens: int = BATCH_TOKENS
+) -> list[np.ndarray]:
     """Log-probs (nats) of each window's ids from position `first` on (first >= 1).
 
     Windows are padded to a batch on the right, where causal attention cannot see the padding.
@@ -39,7 +41,7 @@ def window_log_probs(model, windows: list[tuple[list[int], int]]) -> list[np.nda
     results: list[np.ndarray] = [np.zeros(0)] * len(windows)
     while order:
         longest = len(windows[order[-1]][0])
-        batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
+        batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // longest)))]
         input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, index in enumerate(batch):
             ids = windows[index][0]

@@ -21,7 +21,7 @@ from pathlib import Path
 from forked_runs import STAGES, run
 
 from engine.checkpoint import find_damage, list_checkpoints
-from engine.report import read_metrics
+from engine.tracker import read_metrics
 
 CHANGES = {"dropout": 0.1, "num_workers": 2, "save_every": 3, "keep_checkpoints": 2}
 EPOCHS = {"pretrain": 2, "sft": 4, "dpo": 6}  # 30 to 40 steps
@@ -63,9 +63,7 @@ class Reference:
         if (size := size_of(output)) > self.most_bytes:
             found.append(f"{output}: {size:,} bytes, more than {self.most_bytes:,}")
         if finished:
-            # A kill after the final save may cost the picture; curves.py draws it again.
-            picture = {f"{self.stage}/run/curves.png"}
-            if difference := (names(output) ^ names(self.output)) - picture:
+            if difference := names(output) ^ names(self.output):
                 found.append(f"{output}: other files than undisturbed: {sorted(difference)}")
             if contents(run_folder / "final") != contents(self.final):
                 found.append(f"{run_folder}/final differs from the undisturbed run's")

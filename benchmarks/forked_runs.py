@@ -41,32 +41,31 @@ PREPARE = {
         "tokenizer training": ("train_data.load_or_train_tokenizer",) * 2,
         "data preparation": ("train_data._write_rows",) * 2,
     },
-    "sft": {"data preparation": ("sft_data.cached_splits",) * 2},
+    "sft": {"data preparation": ("corpus.cache.cached_splits",) * 2},
     "dpo": {
-        "data preparation": ("dpo_data.cached_splits",) * 2,
-        "reference log-probs": ("dpo_train.add_reference_logps",) * 2,
+        "data preparation": ("corpus.cache.cached_splits",) * 2,
+        "reference log-probs": ("engine.preference.add_reference_logps",) * 2,
     },
 }
-LOOP = {
-    "step": ("seed_step", "optimizer_step"),
-    "validation": ("validate", "validate"),
-    "checkpoint": ("save_checkpoint", "save_checkpoint"),
-    "final save": ("save_final", "save_final"),
-}
+VALIDATE = {"pretrain": "engine.evaluation.validate", "sft": "engine.evaluation.validate"}
+VALIDATE |= {"dpo": "engine.preference.validate"}
 
 
 def phases_of(stage: str) -> dict[str, tuple[str, str]]:
     """In the order in which they come."""
-    module = STAGES[stage][0].__name__
-    loop = {phase: tuple(f"{module}.{name}" for name in names) for phase, names in LOOP.items()}
-    if stage == "dpo":
-        loop["validation"] = ("dpo_train.validate_pairs",) * 2
-    return {"opening the folder": (f"{module}.open_run",) * 2} | PREPARE[stage] | loop
+    return {
+        "opening the folder": ("engine.runs.open_run",) * 2,
+        **PREPARE[stage],
+        "step": ("engine.optim.set_learning_rate", "engine.optim.step"),
+        "validation": (VALIDATE[stage],) * 2,
+        "checkpoint": ("engine.checkpoint.save",) * 2,
+        "final save": ("engine.checkpoint.save_final",) * 2,
+    }
 
 
 def announce(function: str, before=None, after=None):
     """Have a function of a stage call before() and after() around itself."""
-    module, name = function.split(".")
+    module, _, name = function.rpartition(".")
     real = getattr(sys.modules[module], name)
 
     def announced(*arguments, **options):

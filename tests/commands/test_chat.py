@@ -81,6 +81,7 @@ def run_chat(tmp_path, *arguments, typed: str = "") -> subprocess.CompletedProce
     return subprocess.run(command, cwd=tmp_path, input=typed.encode(), capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_pipe_of_utf8_lines_is_answered_line_by_line(tmp_path, chat_model):
     options = ["--model", chat_model, "--max_new_tokens", "4", "--seed", "1"]
     done = run_chat(tmp_path, *options, typed="你好\n/clear\n\n再见\n/exit\n永不\n")
@@ -89,6 +90,7 @@ def test_a_pipe_of_utf8_lines_is_answered_line_by_line(tmp_path, chat_model):
     assert done.stdout.decode().startswith(one.stdout.decode().rstrip("\n"))
 
 
+@pytest.mark.slow
 def test_two_checkpoints_are_compared_side_by_side(tmp_path, chat_model, base_model):
     options = ["--compare", base_model, chat_model, "--max_new_tokens", "4", "--prompt", "天地"]
     done = run_chat(tmp_path, *options)
@@ -97,6 +99,7 @@ def test_two_checkpoints_are_compared_side_by_side(tmp_path, chat_model, base_mo
     assert done.stdout.decode().count("│") >= 2
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
     done = run_chat(tmp_path, "--prompt", "你好")
     assert done.returncode == 1

@@ -152,6 +152,7 @@ def test_the_interval_is_wilsons():
     assert wilson_interval(5, 5)[1] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_the_command_measures_text_and_questions_and_writes_json(run_script, tmp_path, base_model):
     (tmp_path / "a.txt").write_text("天地玄黄，宇宙洪荒。" * 20, encoding="utf-8")
     (tmp_path / "q.csv").write_text(QUESTIONS, encoding="utf-8")

@@ -39,6 +39,7 @@ def test_the_planned_peak_is_that_of_a_real_step_to_the_byte(stage, level, chang
     assert planned["total"] > 4 * planned["param"] / 2
 
 
+@pytest.mark.slow
 def test_the_largest_batch_fits_and_a_twentieth_more_does_not():
     memory = count_step(*settings(PRETRAIN))
     sizes = [largest_batch(memory, level, 3.0) for level in LEVELS]
@@ -70,6 +71,7 @@ def test_characters_are_counted_and_a_large_corpus_is_estimated(tmp_path):
     assert count_characters(SFT, pairs) == len("user天地")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan_for_a_changed_key(monkeypatch, capsys, tmp_path):
     text = write_jsonl(tmp_path / "a.jsonl", [{"text": "天地玄黄" * 9}])
     # So wide and long that 24 GiB hold few rows: many rows take long to make.

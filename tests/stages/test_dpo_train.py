@@ -14,6 +14,7 @@ from tiny import (
     dpo_config,
     logged,
     no_training,
+    peer,
     write_conversations,
     write_jsonl,
     write_preferences,
@@ -34,6 +35,7 @@ def metrics_of(final) -> list[dict]:
     return read_metrics(Path(final).parent / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_held_out_accuracy_rises_from_one_half(tmp_path, base_model, capsys):
     config = dpo_config(tmp_path, base_model, num_epochs=6, learning_rate=5e-3)
     final = train_dpo(wandb_config=config)
@@ -51,6 +53,7 @@ def test_held_out_accuracy_rises_from_one_half(tmp_path, base_model, capsys):
     assert "Before preference optimization" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash_at", [3, 7])
 def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, crash_at):
     for name in ("straight", "crashed"):
@@ -63,6 +66,7 @@ def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, crash_at):
     assert_same_run(resumed, straight)
 
 
+@pytest.mark.slow
 def test_many_small_micro_batches_train_as_one_big_batch(tmp_path, base_model):
     def losses(batch_size, accumulation):
         config = dpo_config(tmp_path, base_model, batch_size=batch_size, eval_every=0)
@@ -76,6 +80,7 @@ def test_many_small_micro_batches_train_as_one_big_batch(tmp_path, base_model):
     assert big == pytest.approx(small, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_is_computed_once_and_again_when_weights_or_data_change(
     tmp_path, base_model, capsys
 ):
@@ -103,6 +108,7 @@ def test_the_reference_is_computed_once_and_again_when_weights_or_data_change(
     assert written == {path: path.stat().st_mtime_ns for path in first.iterdir()}
 
 
+@pytest.mark.slow
 def test_another_reference_gives_a_margin_at_the_start(tmp_path, base_model):
     config = dpo_config(tmp_path, base_model, learning_rate=1e-2)
     trained = train_dpo(wandb_config=config, run_name="trained")
@@ -110,6 +116,7 @@ def test_another_reference_gives_a_margin_at_the_start(tmp_path, base_model):
     assert abs(metrics_of(final)[0]["val/rewards/margins"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_breaks_the_model_warns_saves_and_stops(tmp_path, base_model, capsys):
     changes = {"learning_rate": 0.5, "eval_every": 1, "save_every": 0, "max_steps": 4}
     config = dpo_config(tmp_path, base_model, **changes)
@@ -189,6 +196,7 @@ def test_pairs_that_were_made_are_never_lost_and_other_files_refused(tmp_path, b
         make_pairs(base_model, prompts, str(tmp_path / "made.txt"))
 
 
+@pytest.mark.slow
 def test_the_command_makes_pairs_and_prints_one_line_for_errors(run_script, base_model, tmp_path):
     prompts = write_conversations(tmp_path, count=1)
     made = run_script("dpo_data.py", "--make_pairs", prompts, "--model", base_model)
@@ -199,8 +207,9 @@ def test_the_command_makes_pairs_and_prints_one_line_for_errors(run_script, base
     assert failed.stderr.strip().splitlines()[-1].startswith("error: No finished sft run")
 
 
+@pytest.mark.peer
 def test_loss_rewards_and_gradients_equal_trls(tmp_path, base_model):
-    trl = pytest.importorskip("trl", reason="a peer, not a requirement")
+    trl = peer("trl")
     config = dpo_config(tmp_path, base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.eos_token = "<|im_end|>"

@@ -59,6 +59,7 @@ def test_killed_runs_and_runs_on_a_full_disk_end_bit_equal_to_undisturbed_ones(t
     assert all(row[3] == row[6] for row in rows), "as many bit-equal as faults"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_a_run_with_a_damaged_newest_checkpoint_ends_bit_equal(tmp_path, capsys, damage):
     config = pretrain_config(tmp_path, dropout=0.1, num_epochs=1)
@@ -101,6 +102,7 @@ def test_a_run_killed_before_its_run_json_was_whole_can_start_again(tmp_path):
     assert not list(run_folder.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_whose_last_save_fails_has_its_curves_and_the_same_command_finishes_it(
     tmp_path, base_model, stage

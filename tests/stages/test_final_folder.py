@@ -12,13 +12,14 @@ import urllib.request
 import pytest
 import torch
 from conftest import ROOT
-from tiny import pretrain_config, sft_config, trl_sft_trainer, write_jsonl
+from tiny import peer, pretrain_config, sft_config, trl_sft_trainer, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from models import CustomLLM
 from sft_train import train_sft
 from train_llm import train
 
+pytestmark = pytest.mark.slow  # the models that all of these tests share take the time
 MESSAGES = [{"role": "user", "content": "问1：天地玄黄？"}]
 
 
@@ -53,9 +54,10 @@ def test_a_text_generation_pipeline_chats_with_it(final):
     assert reply["content"] == tokenizer.decode(new, skip_special_tokens=True)
 
 
+@pytest.mark.peer
 @pytest.mark.parametrize("model_class", [AutoModelForCausalLM, CustomLLM], ids=["stock", "ours"])
 def test_peft_trains_a_lora_adapter_on_it(final, tmp_path, model_class):
-    peft = pytest.importorskip("peft", reason="a peer: pip install peft")
+    peft = peer("peft")
     torch.manual_seed(0)
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(model_class.from_pretrained(final), settings)
@@ -73,6 +75,7 @@ def test_peft_trains_a_lora_adapter_on_it(final, tmp_path, model_class):
     torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
 
 
+@pytest.mark.peer
 def test_trls_sft_trainer_trains_it_two_steps(final, tmp_path):
     turns = [*MESSAGES, {"role": "assistant", "content": "宇宙洪荒。"}]
     trainer = trl_sft_trainer(
@@ -104,8 +107,9 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
+@pytest.mark.peer
 def test_lm_evaluation_harness_scores_it_on_a_local_task(final, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval", reason="a peer: pip install lm_eval")
+    lm_eval = peer("lm_eval")
     from lm_eval.tasks import TaskManager
 
     questions = [
@@ -156,10 +160,9 @@ def wait_until_up(url: str, server: subprocess.Popen, seconds: int = 120):
     raise TimeoutError(url)
 
 
-@pytest.mark.slow
+@pytest.mark.peer
 def test_the_openai_client_talks_to_the_server_on_loopback(final):
-    openai = pytest.importorskip("openai", reason="an extra: pip install openai")
-    pytest.importorskip("uvicorn", reason='an extra: pip install "transformers[serving]"')
+    openai, _ = peer("openai"), peer("uvicorn")
     port = free_port()
     command = [sys.executable, ROOT / "chat.py", "--model", final, "--serve", "--port", str(port)]
     server = subprocess.Popen(

@@ -10,6 +10,7 @@ from tiny import (
     crash_after,
     logged,
     no_training,
+    peer,
     sft_config,
     trl_sft_trainer,
     weights,
@@ -24,6 +25,7 @@ from sft_data import prepare_sft_data
 from sft_train import mix_in_pretraining, train_sft
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_chat_model_knows_its_template_and_where_to_stop(
     tmp_path, base_model, capsys
 ):
@@ -48,6 +50,7 @@ def test_a_run_learns_and_its_chat_model_knows_its_template_and_where_to_stop(
     assert output.shape[1] < prompt["input_ids"].shape[1] + 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash_at", [3, 7])
 def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, crash_at):
     for name in ("straight", "crashed"):
@@ -60,6 +63,7 @@ def test_a_crashed_run_resumes_bit_equal(tmp_path, base_model, crash_at):
     assert_same_run(resumed, straight)
 
 
+@pytest.mark.slow
 def test_many_small_micro_batches_train_as_one_big_batch(tmp_path, base_model):
     def losses(**changes):
         output = str(tmp_path / str(changes["batch_size"]))
@@ -148,8 +152,9 @@ def test_answers_to_one_question_cannot_be_validated_and_stop_before_training(tm
         train_sft(wandb_config=config)
 
 
+@pytest.mark.peer
 def test_the_loss_equals_trls(tmp_path, base_model):
-    pytest.importorskip("trl", reason="a peer, not a requirement")
+    peer("trl")
     config = sft_config(tmp_path, base_model)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     tokenizer.eos_token = "<|im_end|>"

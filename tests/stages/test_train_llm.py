@@ -31,6 +31,7 @@ def metrics_of(final) -> list[dict]:
     return read_metrics(Path(final).parent / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path, capsys):
     final = train(wandb_config=pretrain_config(tmp_path, num_epochs=12, learning_rate=5e-3))
     printed = capsys.readouterr().out
@@ -49,6 +50,7 @@ def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path,
     assert "tok/s" in printed and "eta" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crash_at", [2, 5, 11])
 def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, crash_at):
     for name in ("straight", "crashed"):
@@ -63,6 +65,7 @@ def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, cras
     assert_same_run(resumed, straight)
 
 
+@pytest.mark.slow
 def test_a_killed_process_resumes_bit_equal(tmp_path):
     (tmp_path / "straight").mkdir()
     config = pretrain_config(tmp_path, num_epochs=8, save_every=5, dropout=0.1, num_workers=2)
@@ -107,6 +110,7 @@ def test_a_signal_saves_says_how_to_resume_and_exits_with_0(tmp_path, capsys, nu
         assert torch.equal(tensor, weights(straight)[name]), name
 
 
+@pytest.mark.slow
 def test_many_small_micro_batches_train_as_one_big_batch(tmp_path):
     def losses(**changes):
         output = str(tmp_path / str(changes["batch_size"]))
@@ -191,6 +195,7 @@ def test_a_finished_run_is_returned_and_not_trained_again(tmp_path):
         assert train(wandb_config=config, run_name="run") == final
 
 
+@pytest.mark.slow
 def test_init_from_continues_with_another_models_weights_and_tokenizer(tmp_path, capsys):
     first = train(wandb_config=pretrain_config(tmp_path), run_name="first")
     config = pretrain_config(tmp_path, init_from=first, learning_rate=1e-9, num_epochs=1)
@@ -235,6 +240,7 @@ def test_broken_data_names_file_and_line(tmp_path):
         train(wandb_config=config)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     small = train(wandb_config=pretrain_config(tmp_path, num_epochs=1), run_name="small")
     large = train(wandb_config=pretrain_config(tmp_path, num_epochs=1, vocab_size=400))
@@ -245,6 +251,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
         train(wandb_config=config, run_name="mixed")
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_one_line_for_bad_input_and_exits_with_1(tmp_path):
     command = [sys.executable, str(ROOT / "train_llm.py"), "--batch_siz", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
