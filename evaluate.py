@@ -202,7 +202,9 @@ def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_
                 windows.append((ids, max(1, len(ids) - len(option))))
             scored.append((subject, question))
     log_probs = iter(window_log_probs(model, windows))
-    rights = defaultdict(lambda: {"summed": [], "normalized": [], "chance": []})
+    rights: dict[str, dict[str, list]] = defaultdict(
+        lambda: {"summed": [], "normalized": [], "chance": []}
+    )
     for subject, question in scored:
         options = [next(log_probs) for _ in question.options]
         summed = int(np.argmax([o.sum() for o in options]))

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from forked_runs import STAGES, run
 
@@ -46,7 +47,8 @@ class Reference:
         folder.mkdir()
         self.stage, self.output = stage, folder / "undisturbed"
         changes = CHANGES | {"num_epochs": EPOCHS[stage]}
-        self.config = STAGES[stage][2](folder, *([base] if base else []), **changes)
+        make_config: Any = STAGES[stage][2]
+        self.config = make_config(folder, *([base] if base else []), **changes)
         event, self.spans = run(stage, self.config | {"output_dir": str(self.output)})
         if event != "done":
             raise SystemExit(f"error: the undisturbed {stage} run failed: {event}")
@@ -95,7 +97,9 @@ def records(run_folder: Path) -> list[dict]:
 
 def disturb(reference: Reference, output: Path, faults, choose, table: dict) -> list[str]:
     """Run into one fault after another in a fresh folder, then to the end; returns violations."""
-    config, problems, met = reference.config | {"output_dir": str(output)}, [], []
+    config = reference.config | {"output_dir": str(output)}
+    problems: list[str] = []
+    met: list[tuple] = []
     for kind, phase in [*faults, (None, None)]:
         if met and list_checkpoints(output / reference.stage / "run"):
             table[met[-1]]["resumed"] += 1
@@ -115,7 +119,7 @@ def disturb(reference: Reference, output: Path, faults, choose, table: dict) -> 
     return problems
 
 
-def aim(reference: Reference, kind: str | None, phase: str | None, choose) -> dict:
+def aim(reference: Reference, kind, phase, choose) -> dict:
     """When exactly a run is killed (a little after the phase's end, at most), or its disk full."""
     if kind == "kill":
         spans = reference.spans[phase]
@@ -147,7 +151,9 @@ def choose_faults(phases: list[str], kills: int, choose) -> list[tuple[str, str]
 
 def disturb_often(reference: Reference, folder: Path, kills: int, choose) -> tuple[dict, list[str]]:
     """({(kind, phase): counts}, violations) of so many kills, and of a full disk in every phase."""
-    table, problems, rounds, left = defaultdict(Counter), [], 0, kills
+    table: dict[tuple, Counter] = defaultdict(Counter)
+    problems: list[str] = []
+    rounds, left = 0, kills
     while left and not problems:
         faults = choose_faults(list(reference.spans), left, choose)
         problems += disturb(reference, folder / str(rounds), faults, choose, table)

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -100,9 +101,10 @@ def start(stage: str, config: dict, full: tuple[str, int, int] | None = None):
 def _run_here(stage: str, config: dict, full, tell):
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    module, function, _ = STAGES[stage]
+    module: Any = STAGES[stage][0]
+    function = STAGES[stage][1]
     module.SAMPLE_PROMPTS = module.SAMPLE_PROMPTS[:1]
-    begun = Counter()
+    begun: Counter = Counter()
 
     def begin(phase):
         begun[phase] += 1

@@ -17,8 +17,8 @@ def settings(stage: plan.Stage, **changes) -> tuple[plan.Stage, dict, CustomLLMC
     """A stage, its configuration and a tiny model's."""
     config, _, _ = read_config(stage, [])
     config |= {stage.length_key: 64, "gradient_accumulation_steps": 1} | changes
-    use_moe = config.get("use_moe", False)
-    return stage, config, CustomLLMConfig(**SIZES, max_seq_len=128, use_moe=use_moe)
+    sizes: dict = SIZES | {"max_seq_len": 128, "use_moe": config.get("use_moe", False)}
+    return stage, config, CustomLLMConfig(**sizes)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from sft_train import train_sft
 from train_data import prepare_data
 from train_llm import train
 
-STAGES = {
+STAGES: dict = {
     "pretrain": (train, lambda folder, _, **changes: pretrain_config(folder, **changes)),
     "sft": (train_sft, sft_config),
     "dpo": (train_dpo, dpo_config),

@@ -143,7 +143,7 @@ def test_the_balance_of_experts_is_logged_of_the_whole_step_and_not_of_its_last_
             seen.append((tokens, output.aux_loss.item() * tokens))
 
     def run(batch_size: int, micro_batches: int) -> list[dict]:
-        changes = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
+        changes: dict = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
         changes |= {"use_moe": True, "moe_d_ff": 16, "learning_rate": 1e-9, "max_steps": 3}
         output = str(tmp_path / f"{micro_batches} micro-batches")
         seen.clear()
