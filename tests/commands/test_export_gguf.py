@@ -153,6 +153,8 @@ def compare_log_probs(model, llama: LlamaCpp, ids: list[int], first: int, tolera
         known = ~np.isnan(theirs)
         assert known.mean() > 0.99
         np.testing.assert_allclose(theirs[known], ours[length - 1][known], atol=tolerance)
+        likeliest = int(np.nanargmax(theirs))
+        assert ours[length - 1][likeliest] >= ours[length - 1][known].max() - tolerance
 
 
 @pytest.mark.peer

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.checkpoint import list_checkpoints
 from engine.guards import NumericalError
 from engine.tracker import read_metrics
-from models import CustomLLM
+from models import Backbone
 from train_llm import train
 
 
@@ -137,10 +137,11 @@ def test_the_balance_of_experts_is_logged_of_the_whole_step_and_not_of_its_last_
     """Three steps that leave the weights as they are, so that the second is as the first."""
     seen = []
 
-    def look(module, args, kwargs, output):
-        if isinstance(module, CustomLLM) and torch.is_grad_enabled():
-            tokens = int(kwargs["attention_mask"].sum())
-            seen.append((tokens, output.aux_loss.item() * tokens))
+    def look(module, args, output):
+        if isinstance(module, Backbone) and torch.is_grad_enabled():
+            (_, attention_mask, *_), (_, aux_loss, _) = args, output
+            tokens = int(attention_mask.sum())
+            seen.append((tokens, aux_loss.item() * tokens))
 
     def run(batch_size: int, micro_batches: int) -> list[dict]:
         changes: dict = {"batch_size": batch_size, "gradient_accumulation_steps": micro_batches}
@@ -150,7 +151,7 @@ def test_the_balance_of_experts_is_logged_of_the_whole_step_and_not_of_its_last_
         final = train(wandb_config=pretrain_config(tmp_path, **changes, output_dir=output))
         return [m for m in metrics_of(final) if "train/loss" in m]
 
-    handle = register_module_forward_hook(look, with_kwargs=True)
+    handle = register_module_forward_hook(look)
     try:
         whole, halves = run(8, 1), run(4, 2)
     finally:
