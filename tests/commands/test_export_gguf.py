@@ -14,6 +14,7 @@ from tokenizer import create_tokenizer
 from train_llm import train
 
 gguf = pytest.importorskip("gguf", reason="an extra: pip install gguf")
+pytestmark = pytest.mark.slow  # the models are trained
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])

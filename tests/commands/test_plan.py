@@ -21,6 +21,7 @@ def settings(stage: plan.Stage, **changes) -> tuple[plan.Stage, dict, CustomLLMC
     return stage, config, CustomLLMConfig(**sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "level", "changes"),
     [

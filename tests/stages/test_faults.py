@@ -181,6 +181,7 @@ def stopped(tmp_path, stage: str, base_model: str, **changes) -> tuple[str, list
 SMALL = {"batch_size": 2, "num_epochs": 3, "gradient_accumulation_steps": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_not_finite_at_a_save_stop_the_run_before_it(tmp_path, base_model, stage, value):
@@ -191,6 +192,7 @@ def test_gradients_not_finite_at_a_save_stop_the_run_before_it(tmp_path, base_mo
     assert checkpoints == ["step_00000004"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_step_that_ruined_a_run_is_named_with_its_rows_though_not_logged(
     tmp_path, base_model, stage, capsys

@@ -202,6 +202,7 @@ def test_a_graph_that_lives_on_is_seen_and_one_that_is_gone_is_not():
     assert alive == [False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
 def test_a_micro_batchs_graph_is_gone_before_the_next_forward(tmp_path, base_model, stage):
     train, make_config = {

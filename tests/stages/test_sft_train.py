@@ -101,6 +101,7 @@ def test_without_a_pretrained_model_one_error_names_the_command(tmp_path):
         train_sft(wandb_config=config)
 
 
+@pytest.mark.slow
 def test_any_qwen3_folder_can_be_fine_tuned(tmp_path, tokenizer):
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -118,6 +119,7 @@ def test_any_qwen3_folder_can_be_fine_tuned(tmp_path, tokenizer):
     assert AutoModelForCausalLM.from_pretrained(final).config.head_dim == 16
 
 
+@pytest.mark.slow
 def test_pretraining_text_is_mixed_in_by_its_share_of_rows(tmp_path, base_model):
     config = sft_config(tmp_path, base_model, pretrain_mix_ratio=0.5, seed=1)
     config["pretrain_dataset"] = write_corpus(tmp_path, count=200)

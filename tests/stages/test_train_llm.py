@@ -91,6 +91,7 @@ def test_a_killed_process_resumes_bit_equal(tmp_path):
     assert not list(metrics.parent.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_says_how_to_resume_and_exits_with_0(tmp_path, capsys, number):
     config = pretrain_config(tmp_path, eval_every=0, save_every=0)
@@ -123,6 +124,7 @@ def test_many_small_micro_batches_train_as_one_big_batch(tmp_path):
     assert big == pytest.approx(small, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_trains_and_logs_its_balance(tmp_path):
     final = train(wandb_config=pretrain_config(tmp_path, use_moe=True, moe_d_ff=16))
     first = metrics_of(final)[0]
@@ -131,6 +133,7 @@ def test_a_mixture_of_experts_trains_and_logs_its_balance(tmp_path):
     assert type(AutoModelForCausalLM.from_pretrained(final)).__name__ == "Qwen3MoeForCausalLM"
 
 
+@pytest.mark.slow
 def test_the_balance_of_experts_is_logged_of_the_whole_step_and_not_of_its_last_micro_batch(
     tmp_path,
 ):
@@ -169,6 +172,7 @@ def test_the_balance_of_experts_is_logged_of_the_whole_step_and_not_of_its_last_
     assert balances[1] == pytest.approx(balances[0], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_learning_rate_of_each_optimizer_is_logged(tmp_path, optimizer):
     changes = {"optimizer": optimizer, "learning_rate": 1e-3, "muon_learning_rate": 1e-2}
@@ -189,6 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
         train(wandb_config=pretrain_config(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_returned_and_not_trained_again(tmp_path):
     config = pretrain_config(tmp_path)
     final = train(wandb_config=config, run_name="run")
