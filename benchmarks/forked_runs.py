@@ -5,6 +5,7 @@ ten seconds of imports: sound as long as that process has no Python thread and c
 A run tells over a pipe which phase begins and ends; the kill comes a given time after one began.
 """
 
+import inspect
 import os
 import resource
 import signal
@@ -13,7 +14,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
+from types import CodeType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,7 +32,7 @@ import sft_train  # noqa: E402
 import train_llm  # noqa: E402
 from engine.settings import run_from_command_line  # noqa: E402
 
-STAGES = {
+STAGES: dict = {
     "pretrain": (train_llm, train_llm.train, pretrain_config),
     "sft": (sft_train, sft_train.train_sft, sft_config),
     "dpo": (dpo_train, dpo_train.train_dpo, dpo_config),
@@ -64,20 +65,27 @@ def phases_of(stage: str) -> dict[str, tuple[str, str]]:
     }
 
 
-def announce(function: str, before=None, after=None):
-    """Have a function of a stage call before() and after() around itself."""
+def code_of(function: str) -> CodeType:
+    """The code of a function, by its module and name, below its decorators."""
     module, _, name = function.rpartition(".")
-    real = getattr(sys.modules[module], name)
+    return inspect.unwrap(getattr(sys.modules[module], name)).__code__
 
-    def announced(*arguments, **options):
-        if before:
-            before()
-        result = real(*arguments, **options)
-        if after:
-            after()
-        return result
 
-    setattr(sys.modules[module], name, announced)
+def watch(stage: str, begin, end):
+    """Call begin(phase) and end(phase) as a run comes to them. Nothing of the project is changed:
+    the interpreter itself reports every call and return.
+    """
+    phases = phases_of(stage).items()
+    first = {code_of(function): phase for phase, (function, _) in phases}
+    last = {code_of(function): phase for phase, (_, function) in phases}
+
+    def look(frame, event, argument):
+        if event == "call" and frame.f_code in first:
+            begin(first[frame.f_code])
+        elif event == "return" and frame.f_code in last:
+            end(last[frame.f_code])
+
+    sys.setprofile(look)
 
 
 def start(stage: str, config: dict, full: tuple[str, int, int] | None = None):
@@ -101,9 +109,7 @@ def start(stage: str, config: dict, full: tuple[str, int, int] | None = None):
 def _run_here(stage: str, config: dict, full, tell):
     for stream in (1, 2):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    module: Any = STAGES[stage][0]
-    function = STAGES[stage][1]
-    module.SAMPLE_PROMPTS = module.SAMPLE_PROMPTS[:1]
+    module, function, _ = STAGES[stage]
     begun: Counter = Counter()
 
     def begin(phase):
@@ -112,9 +118,7 @@ def _run_here(stage: str, config: dict, full, tell):
             resource.setrlimit(resource.RLIMIT_FSIZE, (full[2], resource.RLIM_INFINITY))
         tell(f"begin {phase}")
 
-    for phase, (first, last) in phases_of(stage).items():
-        announce(first, before=lambda phase=phase: begin(phase))
-        announce(last, after=lambda phase=phase: tell(f"end {phase}"))
+    watch(stage, begin, lambda phase: tell(f"end {phase}"))
     words = [word for key, value in config.items() for word in (f"--{key}", str(value))]
     sys.argv = [f"{module.__name__}.py", "--run_name", "run", *words]
     try:
@@ -133,6 +137,7 @@ def run(stage: str, config: dict, kill=None, full=None) -> tuple[str, dict[str, 
     """
     process, events = start(stage, config, full)
     begun, spans = defaultdict(list), defaultdict(list)
+    status = None
     with events:
         for line in events:
             event, _, phase = line.strip().partition(" ")
@@ -141,10 +146,13 @@ def run(stage: str, config: dict, kill=None, full=None) -> tuple[str, dict[str, 
                 if kill and kill[:2] == (phase, len(begun[phase])):
                     time.sleep(kill[2])
                     os.kill(process, signal.SIGKILL)
-                    break
+                    _, status = os.waitpid(process, 0)
+                    if os.WIFSIGNALED(status):
+                        break  # otherwise it had ended by itself: its last events are still there
             elif event == "end":
                 spans[phase].append(time.monotonic() - begun[phase][-1])
             else:
                 break
-    _, status = os.waitpid(process, 0)
+    if status is None:
+        _, status = os.waitpid(process, 0)
     return ("killed" if os.WIFSIGNALED(status) else line.strip()), spans
