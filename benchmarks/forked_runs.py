@@ -73,19 +73,23 @@ def code_of(function: str) -> CodeType:
 
 def watch(stage: str, begin, end):
     """Call begin(phase) and end(phase) as a run comes to them. Nothing of the project is changed:
-    the interpreter itself reports every call and return.
+    the interpreter itself reports every call.
     """
     phases = phases_of(stage).items()
     first = {code_of(function): phase for phase, (function, _) in phases}
     last = {code_of(function): phase for phase, (_, function) in phases}
 
     def look(frame, event, argument):
-        if event == "call" and frame.f_code in first:
-            begin(first[frame.f_code])
-        elif event == "return" and frame.f_code in last:
-            end(last[frame.f_code])
+        """The trace function of every call; only the functions above are looked into."""
+        code = frame.f_code
+        if event == "call" and code in first:
+            begin(first[code])
+        elif event == "return" and code in last:
+            end(last[code])
+        frame.f_trace_lines = False
+        return look if code in last else None
 
-    sys.setprofile(look)
+    sys.settrace(look)
 
 
 def start(stage: str, config: dict, full: tuple[str, int, int] | None = None):

@@ -103,7 +103,7 @@ class StepMemory:
         with self.mode or contextlib.nullcontext():
             self.model = CustomLLM(model_config).train()
             self.model.backend = kernels.CUDA
-            self.optimizers = optim.build(self.model, config)
+            self.optimizers = optim.build(self.model, config, emulates_bf16=False)  # a GPU
             self._run(self._batch(1))  # creates the optimizers' state
             self._step()
 

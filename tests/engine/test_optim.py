@@ -141,3 +141,32 @@ def test_of_two_optimizers_none_steps_where_the_gradients_of_one_overflow(overfl
     rt.backward(sum(weight.sum() for weight in weights))
     optim.step(nn.ParameterList(weights), optimizers, rt, 0)
     assert [weight.tolist() for weight in weights] == [[0, 0], [0, 0]], "and the next step counts"
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_muon_in_fp32_follows_torchs_muon_as_far_as_bf16_rounds(shape):
+    start = torch.randn(shape, generator=torch.manual_seed(0))
+    weights = {}
+    for name, kind in (("torch", torch.optim.Muon), ("fp32", optim.MuonInFp32)):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = kind([weight], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for step in range(5):
+            weight.grad = torch.randn(shape, generator=torch.manual_seed(step + 1))
+            optimizer.step()
+        weights[name] = weight.detach()
+        assert optimizer.state[weight].keys() == {"momentum_buffer"}
+    moved = (weights["torch"] - start).norm()
+    assert 0 < (weights["fp32"] - weights["torch"]).norm() < 0.02 * moved
+
+
+def test_orthogonalizing_brings_singular_values_near_one():
+    matrix = torch.randn(32, 80, generator=torch.manual_seed(0))
+    values = torch.linalg.svdvals(optim.orthogonalize(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7))
+    assert 0.6 < values.min() <= values.max() < 1.3
+
+
+@pytest.mark.parametrize("emulates_bf16", [False, True])
+def test_muons_products_run_in_fp32_where_bf16_is_emulated(emulates_bf16):
+    config = {"optimizer": "muon", "learning_rate": 1e-3, "muon_learning_rate": 1e-2}
+    _, muon = optim.build(tiny_model(), config | {"weight_decay": 0.1}, emulates_bf16)
+    assert isinstance(muon, optim.MuonInFp32) is emulates_bf16
