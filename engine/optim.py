@@ -16,7 +16,8 @@ def build(model, config: dict, emulates_bf16: bool | None = None) -> list[torch.
     emulates_bf16: whether bf16 is slow here, so that Muon's products run in fp32; None: find out.
     """
     if emulates_bf16 is None:
-        emulates_bf16 = model.device.type == "cpu" and not has_native_bf16()
+        device = next(model.parameters()).device
+        emulates_bf16 = device.type == "cpu" and not has_native_bf16()
     matrices = {id(p) for p in model.parameters() if p.ndim >= 2}
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     named = [p for p in model.parameters() if p.requires_grad]
