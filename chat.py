@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from engine.model_folder import check_model_folder, open_model_folder
+from engine.model_folder import check_model_folder, fast_inference, open_model_folder
 from engine.runs import find_newest_final
 from tokenizer import IM_END
 
@@ -57,19 +57,19 @@ class Chat:
                 return encoded["input_ids"][:, -room:]
             del self.messages[first : first + 2]  # a question and its answer
 
-    @torch.no_grad()
     def reply(self, text: str, streamer=None, stop=None) -> str:
         """Answer (chat model) or continue (base model) a text. A seed gives the same reply."""
         input_ids = self.prompt_ids(text).to(self.model.device)
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-            **self.sampling,
-        )
+        with fast_inference(self.model):
+            output = self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
+                **self.sampling,
+            )
         answer = self.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
         if self.is_chat_model:
             self.messages.append({"role": "assistant", "content": answer})

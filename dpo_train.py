@@ -29,6 +29,7 @@ from engine import (
     sharding,
     steps,
 )
+from models import CustomLLMConfig
 from tokenizer import IM_END, create_tokenizer
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")
@@ -64,7 +65,8 @@ wandb_config = {
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
-    "torch_compile": "auto",  # on CUDA only; True: on every device
+    "torch_compile": "auto",  # on CUDA, where a compiler is found; True: on every device
+    "device": "auto",  # the GPU where there is one; "cpu": leave it alone
     # run
     "output_dir": "checkpoints",  # everything that a run writes is under it
     "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
@@ -107,7 +109,7 @@ def train_dpo(
     config = settings.resolve(DEFAULTS, wandb_config)
     check_loss_options(config)
     config["dataset"] = data_path or config["dataset"]
-    rt = runtime.start(config["mixed_precision"], config["seed"])
+    rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
     before = config["init_from"] or runs.find_final(config["output_dir"], "sft")
     config["init_from"] = str(before)
 
@@ -132,7 +134,9 @@ def train_dpo(
     fingerprint = cache.data_fingerprint(splits["train"])
     runs.check_same_data(run, fingerprint)
     reference = reference_model_path or config["init_from"]
-    with rt.main_first():
+    trial = (trial_step(config), collate.full_batch)  # what a memory test runs
+    shape = CustomLLMConfig.from_pretrained(config["init_from"])
+    with guards.explain_oom(config, shape, *trial), rt.main_first():
         splits = preference.add_reference_logps(
             splits, fingerprint, reference, tokenizer, collate, rt, f"{config['output_dir']}/cache"
         )
@@ -144,14 +148,17 @@ def train_dpo(
     rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     optimizers = optim.build(model, config)
-    trial = (trial_step(config), collate.full_batch)  # what a memory test runs
-    config = guards.fit_batch_size(config, model, optimizers, rt, *trial)
 
     # 5. Resume
     state = checkpoint.resume(run, model, optimizers, rt)
     start_step = state.get("step", 0)
-    runtime.compile_blocks(model, config["torch_compile"], rt.device)
+    runtime.compile_blocks(model, config["torch_compile"], rt)
     scorer = sharding.distribute(rt, preference.AnswerScorer(model), model.model.layers, optimizers)
+    step_of_scorer = partial(forward_backward, config=config)
+    config = guards.fit_batch_size(
+        config, scorer, optimizers, rt, step_of_scorer, collate.full_batch
+    )
+    explain_oom = partial(guards.explain_oom, config, model.config, *trial)
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
@@ -166,13 +173,15 @@ def train_dpo(
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
     if start_step == 0:
         rt.say("Before preference optimization:")
-        metrics = preference.validate(scorer, validation, rt, losses)
+        with explain_oom():
+            metrics = preference.validate(scorer, validation, rt, losses)
+            samples = evaluation.sample(model, tokenizer, prompts, rt)
         collapse.start(metrics)
         log.validation(metrics, start_step)
-        log.samples(SAMPLE_PROMPTS, evaluation.sample(model, tokenizer, prompts, rt), start_step)
+        log.samples(SAMPLE_PROMPTS, samples, start_step)
 
     # 8. Loop
-    with runtime.StopSignal() as stop, guards.explain_oom(config, model.config, *trial), log:
+    with runtime.StopSignal() as stop, explain_oom(), log:
         for step, micro_batches in loader:  # steps count from 1
             # Every loss is divided by the pairs of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.
@@ -195,7 +204,7 @@ def train_dpo(
                 metrics["train/grad_norm"] = float(grad_norm)
                 metrics["train/epoch"] = step / loader.order.steps_per_epoch
                 finite.check(metrics["train/loss"], step)
-                log.train(metrics, step, reward_line(metrics))
+                log.train(metrics, step, preference.reward_line(metrics))
             val_loss = None
             with log.paused():  # what follows does not count in tokens per second
                 if due.eval:
@@ -331,11 +340,6 @@ def check_loss_options(config: dict):
         problems.append('label_smoothing needs loss_type "sigmoid"')
     if problems:
         raise ValueError("wandb_config: " + "; ".join(problems) + ".")
-
-
-def reward_line(metrics: dict) -> str:
-    names = ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
-    return "".join(f" | {name.split('/')[1]} {metrics[name]:.3g}" for name in names)
 
 
 def main():

@@ -20,7 +20,7 @@ import torch
 
 from corpus.documents import iter_documents
 from corpus.readers import find_files, input_error, iter_records, read_text
-from engine.model_folder import open_model_folder
+from engine.model_folder import fast_inference, open_model_folder
 from engine.runs import find_newest_final
 from tokenizer import encode_plain, token_byte_lengths
 
@@ -54,7 +54,7 @@ def window_log_probs(
             log_probs = backend.token_log_probs(
                 predictors, model.lm_head.weight, targets, backend.chunks
             )
-            results[index] = log_probs.double().cpu().numpy()
+            results[index] = log_probs.cpu().double().numpy()
     return results
 
 
@@ -278,6 +278,11 @@ def run(folder: str, arguments) -> tuple[dict, list[str]]:
     if arguments.shots < 0:
         raise ValueError(f"--shots {arguments.shots} must be at least 0.")
     model, tokenizer = open_model_folder(folder)
+    with fast_inference(model):
+        return score(model, tokenizer, arguments)
+
+
+def score(model, tokenizer, arguments) -> tuple[dict, list[str]]:
     max_length = model.config.max_seq_len
     if arguments.task == "choice":
         questions = read_questions(arguments.data)

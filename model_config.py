@@ -83,9 +83,10 @@ class CustomLLMConfig(PreTrainedConfig):
                 problems.append(
                     f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}"
                 )
-            elif self.head_dim % 2:
+            elif self.head_dim % 8 or self.head_dim > 256:
                 problems.append(
-                    f"head_dim={self.head_dim} (d_model / n_heads) is odd; RoPE rotates pairs"
+                    f"head_dim={self.head_dim} (d_model / n_heads) must be a multiple of 8 and at "
+                    "most 256, or a GPU's attention kernels refuse it"
                 )
             if self.n_heads % self.n_kv_heads:
                 problems.append(

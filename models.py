@@ -37,6 +37,9 @@ class CustomLLMOutput(MoeCausalLMOutputWithPast):
     expert_load: torch.Tensor | None = None
 
 
+CACHE = "cache" if "cache" in CustomLLMOutput.__dataclass_fields__ else "past_key_values"
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467)."""
 
@@ -152,28 +155,27 @@ class MoE(nn.Module):
             probs = F.linear(tokens.float(), self.gate.weight.float()).softmax(-1)
             top_probs, top_experts = probs.topk(self.top_k, dim=-1)  # (tokens, top_k)
             top_probs = top_probs / top_probs.sum(-1, keepdim=True)
-            balance, load = self._balance(probs, top_experts, token_mask)
+            all_experts = torch.arange(self.num_experts, device=x.device)
+            chosen = top_experts[..., None] == all_experts  # (tokens, top_k, experts)
+            balance, load = self._balance(probs, chosen, token_mask)
 
         # Sort the (token, slot) pairs by expert: each expert gets its rows one after the other.
         order = top_experts.flatten().argsort(stable=True)  # (tokens * top_k,)
-        counts = F.one_hot(top_experts.flatten(), self.num_experts).sum(0)  # (experts,)
+        counts = chosen.sum((0, 1))  # (experts,)
         outputs = backend.run_experts(tokens[order // self.top_k], counts, self.experts, backend)
         outputs = torch.empty_like(outputs).index_copy(0, order, outputs)  # back in token order
         outputs = rearrange(outputs, "(n k) d -> n k d", k=self.top_k)
         mixed = (outputs * top_probs.to(outputs.dtype).unsqueeze(-1)).sum(1)  # (tokens, d_model)
         return mixed.view_as(x), balance, load
 
-    def _balance(self, probs, top_experts, token_mask):
+    def _balance(self, probs, chosen, token_mask):
         """experts * sum_e(share of tokens sent to e * mean probability of e): 1 when balanced.
 
         Switch Transformer (arXiv 2101.03961), eq. 4, with each of the top_k choices counted.
         """
-        weight = torch.ones_like(probs[:, 0])
-        if token_mask is not None:
-            weight = token_mask.flatten().float()
+        weight = torch.ones_like(probs[:, 0]) if token_mask is None else token_mask.view(-1).float()
         weight = weight / weight.sum().clamp(min=1)  # (tokens,), 0 at padding
-        chosen = F.one_hot(top_experts, self.num_experts).sum(1) / self.top_k  # (tokens, experts)
-        load = weight @ chosen.float()  # (experts,)
+        load = weight @ chosen.sum(1).float() / self.top_k  # (experts,)
         return self.num_experts * (load * (weight @ probs)).sum(), load
 
 
@@ -214,7 +216,7 @@ class Backbone(nn.Module):
         self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seq_lens_q=None
     ):
         """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding,
-        or a finished bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as in CustomLLM.forward.
+        or a bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as in CustomLLM.forward.
 
         Returns (hidden (batch, seq, d_model), balancing loss, expert load (layers, experts)).
         """
@@ -224,14 +226,14 @@ class Backbone(nn.Module):
         if cu_seq_lens_q is not None and backend.can_attend_by_document(weight, dropout):
             mask = cu_seq_lens_q
         else:
-            mask = build_attention_mask(input_ids, attention_mask, position_ids, past)
+            seen = build_attention_mask(input_ids, attention_mask, position_ids, past)
+            mask = kernels.additive_mask(seen, weight)
         if position_ids is None:
             positions = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
             position_ids = positions.expand_as(input_ids)
         cos, sin = rope_cos_sin(position_ids, self.config.head_dim, self.config.rope_theta)
-        token_mask = None
-        if attention_mask is not None and attention_mask.ndim == 2:
-            token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
+        is_padded = attention_mask is not None and attention_mask.ndim == 2
+        token_mask = attention_mask[:, -input_ids.shape[1] :].bool() if is_padded else None
 
         x = F.dropout(self.embed_tokens(input_ids), self.config.dropout, self.training)
         balances, loads = [], []
@@ -312,7 +314,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 this batch's share of num_items_in_batch. logits: (batch, seq, vocab_size).
                 aux_loss: the balancing loss, 1 when experts are equally used; None when dense.
         """
-        cache = kwargs.pop("past_key_values", cache)  # the cache's name before transformers 5.23
+        cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.23; see CACHE
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden, aux_loss, expert_load = self.model(
@@ -327,12 +329,9 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
         if not skip_logits:
             logits = self.lm_head(hidden[:, -logits_to_keep:])
         return CustomLLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=cache if use_cache else None,
-            aux_loss=aux_loss,
-            expert_load=expert_load,
-        )
+            loss=loss, logits=logits, aux_loss=aux_loss, expert_load=expert_load,
+            **{CACHE: cache if use_cache else None},
+        )  # fmt: skip
 
     def _loss(self, hidden, labels, position_ids, num_items_in_batch, aux_loss) -> torch.Tensor:
         targets = labels[:, 1:]

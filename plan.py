@@ -2,11 +2,19 @@
 
     python plan.py                                    train_llm.py with its own settings
     python plan.py dpo_train.py --batch_size 32       another stage, one key changed
+    python plan.py --card 4090                        another card than the RTX 3090
+    python plan.py --card "4060 Ti" --gib 16          a card with another size of memory
+
+--card takes a name of engine/cards.py or a device's own ("NVIDIA H100 PCIe"). The hours follow
+from its peak. --gib is its memory in GiB; without it the card's usual size counts. Every other
+option is a key of the stage (python train_llm.py --help).
 
 The memory is that of all tensors that are alive at the worst moment of a training step: a step
 runs on tensors without contents and is counted. The hours are arithmetic.
 """
 
+import argparse
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +27,13 @@ from corpus.documents import iter_documents
 from corpus.packing import PackedCollator
 from corpus.readers import find_files, is_local, iter_records
 from dpo_data import PairCollator
-from engine import memory, runs, settings
+from engine import cards, memory, runs, settings
+from engine.cards import Card
 from engine.memory import CONTEXT_GIB, FRAGMENTATION, StepMemory
-from engine.meter import PEAK_FLOPS, active_parameters, flops_per_token
+from engine.meter import active_parameters, flops_per_token
 from models import CustomLLMConfig
 
-CARD, CARD_GIB = "3090", 24.0
+CARD, MOST_GIB = "RTX 3090", 1024
 MFU = (0.24, 0.50)  # plain and compiled runs of 100M models on consumer cards, as others report
 CHARACTERS_PER_TOKEN = 1.6  # Chinese text, 6,400-token BPE
 READ_AT_MOST = 20_000_000  # characters; a larger corpus is estimated from its beginning
@@ -109,11 +118,12 @@ def file_texts(stage: Stage, file: Path):
         yield from strings(record)
 
 
-def describe_hours(stage: Stage, config: dict, model) -> list[str]:
+def describe_hours(stage: Stage, config: dict, model, card: Card) -> list[str]:
     flops = flops_per_token(model) * (1 + stage.reference_share)
-    low, high = (PEAK_FLOPS[CARD] * share for share in MFU)
-    bounds = f"on an RTX {CARD} at {MFU[0]:.0%} to {MFU[1]:.0%} of its dense peak (estimated)"
-    lines = [f"Speed: {low / flops:,.0f} to {high / flops:,.0f} tokens/s {bounds}"]
+    low, high = (card.flops * share for share in MFU)
+    article = "an" if card.name[0] in "AHLR" else "a"  # as the letters are spoken
+    bounds = f"{article} {card.name} at {MFU[0]:.0%} to {MFU[1]:.0%} of its dense peak (estimated)"
+    lines = [f"Speed: {low / flops:,.0f} to {high / flops:,.0f} tokens/s on {bounds}"]
     per_token = [flops / high / 3600, flops / low / 3600]  # hours
     lines.append(f"Time: {span(per_token, 1e9)} per billion tokens (estimated)")
     if is_local(config["dataset"]):
@@ -133,25 +143,25 @@ def span(hours_per_token: list[float], tokens: float) -> str:
     return f"{low:,.1f} to {high:,.1f} hours"
 
 
-def describe_memory(step: StepMemory, config: dict) -> list[str]:
+def describe_memory(step: StepMemory, config: dict, card: Card) -> list[str]:
     batch_size, level = config["batch_size"], config["gradient_checkpointing"]
     peak = step.peak(batch_size, level)
     names = {"param": "parameters", "grad": "gradients", "opt": "optimizer", "act": "activations"}
     names |= {"temp": "temporary", "buffer": "buffers", "oth": "batch"}
     parts = ", ".join(f"{names[k]} {v / 2**30:.2f}" for k, v in peak.items() if k in names and v)
     needed = memory.on_card(peak["total"])
-    verdict = "fits" if needed <= CARD_GIB else "DOES NOT FIT"
+    verdict = "fits" if needed <= card.gib else "DOES NOT FIT"
     lines = [
         f"Peak of tensors: {peak['total'] / 2**30:.2f} GiB ({parts})",
         f"With {CONTEXT_GIB:.0f} GiB of context and {FRAGMENTATION:.0%} fragmentation: "
-        f"{needed:.2f} GiB; {verdict} {CARD_GIB:.0f} GiB (estimated)",
+        f"{needed:.2f} GiB; {verdict} {card.gib:g} GiB (estimated)",
     ]
-    for name, size in memory.largest_batches(step, CARD_GIB).items():
+    for name, size in memory.largest_batches(step, card.gib).items():
         lines.append(f"Largest batch_size with gradient_checkpointing {name!r}: {size} (estimated)")
     return lines
 
 
-def plan(stage: Stage, arguments: list[str]) -> list[str]:
+def plan(stage: Stage, card: Card, arguments: list[str]) -> list[str]:
     config, model_config, source = read_config(stage, arguments)
     step = count_step(stage, config, model_config)
     batch_rows = config["batch_size"] * config["gradient_accumulation_steps"]
@@ -161,22 +171,48 @@ def plan(stage: Stage, arguments: list[str]) -> list[str]:
         f"{stage.script}, model from {source}",
         f"Parameters: {total:,}, {active_parameters(step.model):,} active per token",
         f"Tokens per step: up to {int(tokens):,}",
-        *describe_memory(step, config),
-        *describe_hours(stage, config, step.model),
+        *describe_memory(step, config, card),
+        *describe_hours(stage, config, step.model, card),
     ]
 
 
+def take_card(words: list[str]) -> tuple[Card, list[str]]:
+    """The card of --card and --gib, wherever they stand, and the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--card", default=CARD)
+    parser.add_argument("--gib")
+    given, others = parser.parse_known_args(words)
+    card = cards.find(given.card)
+    if card is None:
+        names = ", ".join(known.name for known in cards.CARDS)
+        raise ValueError(f"--card {given.card}: unknown card; expected one of {names}.")
+    if given.gib is not None:
+        card = card._replace(gib=read_gib(given.gib))
+    return card, others
+
+
+def read_gib(text: str) -> float:
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = math.nan  # no comparison with it holds
+    if not 0 < gib <= MOST_GIB:
+        raise ValueError(f"--gib {text}: expected a number above 0 and at most {MOST_GIB}.")
+    return gib
+
+
 def main():
-    words = sys.argv[1:]
-    script = Path(words.pop(0)).name if words and not words[0].startswith("-") else "train_llm.py"
-    if {"-h", "--help"} & {script, *words}:
+    if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
         return
     try:
+        card, words = take_card(sys.argv[1:])
+        named = words and not words[0].startswith("-")
+        script = Path(words.pop(0)).name if named else "train_llm.py"
         if script not in STAGES:
             raise ValueError(f"{script}: expected one of {', '.join(STAGES)}.")
-        print("\n".join(plan(STAGES[script], words)))
-    except (ValueError, OSError) as error:
+        print("\n".join(plan(STAGES[script], card, words)))
+    except (ValueError, OSError, argparse.ArgumentError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -6,6 +6,7 @@ torchrun --nproc_per_node 2 train_llm.py                 several GPUs
 """
 
 from collections import Counter
+from functools import partial
 
 from corpus import cache
 from corpus.packing import PackedCollator
@@ -60,7 +61,8 @@ wandb_config = {
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
-    "torch_compile": "auto",  # on CUDA only; True: on every device
+    "torch_compile": "auto",  # on CUDA, where a compiler is found; True: on every device
+    "device": "auto",  # the GPU where there is one; "cpu": leave it alone
     # run
     "init_from": None,  # continue from this model folder instead of random weights
     "output_dir": "checkpoints",  # everything that a run writes is under it
@@ -94,7 +96,7 @@ def train(
     """
     # 1. Configuration, device, precision
     config = settings.resolve(DEFAULTS, wandb_config)
-    rt = runtime.start(config["mixed_precision"], config["seed"])
+    rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
     guards.check_memory(make_model_config(config, config["vocab_size"]))  # before any work
 
     # 2. Run folder: a new one, or an unfinished one to resume
@@ -126,14 +128,15 @@ def train(
     rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     optimizers = optim.build(model, config)
-    trial = (forward_backward, collate.full_batch)  # what a memory test runs
-    config = guards.fit_batch_size(config, model, optimizers, rt, *trial)
 
     # 5. Resume
     state = checkpoint.resume(run, model, optimizers, rt)
     start_step = state.get("step", 0)
-    runtime.compile_blocks(model, config["torch_compile"], rt.device)
+    runtime.compile_blocks(model, config["torch_compile"], rt)
     parallel_model = sharding.distribute(rt, model, model.model.layers, optimizers)
+    trial = (forward_backward, collate.full_batch)  # what a memory test runs
+    config = guards.fit_batch_size(config, parallel_model, optimizers, rt, *trial)
+    explain_oom = partial(guards.explain_oom, config, model.config, *trial)
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
@@ -149,7 +152,7 @@ def train(
     prompts = SAMPLE_PROMPTS
 
     # 8. Loop
-    with runtime.StopSignal() as stop, guards.explain_oom(config, model.config, *trial), log:
+    with runtime.StopSignal() as stop, explain_oom(), log:
         for step, micro_batches in loader:  # steps count from 1
             # Every loss is divided by the targets of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.

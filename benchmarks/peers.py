@@ -7,7 +7,9 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +30,29 @@ SIZES: dict[str, Any] = {
     "d_ff": 704,
     "max_seq_len": 512,
 }
-DTYPE = torch.bfloat16 if torch.cuda.is_available() or has_native_bf16() else None
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if has_native_bf16(DEVICE) else None
+
+
+class StandIn(ModuleType):
+    """A module that is not installed, for those who import its names and never use them.
+
+    Every attribute is a class, because names stand in annotations. No object of it can be made.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)  # find_spec() refuses a module that has none
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):  # Python's own questions, such as for __path__
+            raise AttributeError(name)
+        return Missing
+
+
+class Missing:
+    def __init__(self, *arguments, **options):
+        raise ImportError("A package is used here that is not installed on this machine.")
 
 
 def real_or_bundled(real: str, bundled: str) -> Path:
@@ -53,7 +77,7 @@ def save_model(folder: Path, texts: list[str]):
 
 def our_runtime() -> Runtime:
     """DTYPE on the GPU, or on the CPU where there is none."""
-    return make_runtime(DTYPE, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return make_runtime(DTYPE, DEVICE)
 
 
 def trl_settings(folder: Path, batch_size: int) -> dict:

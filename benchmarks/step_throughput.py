@@ -64,7 +64,7 @@ def serve_steps(arguments):
         keep_freed_memory()  # as make_accelerator does on a CPU
     model = build(name, sizes, length).train()
     if compiled == "compiled" and name in OURS:
-        compile_blocks(model, True, torch.device("cpu"))
+        compile_blocks(model, True, make_runtime(None, torch.device("cpu")))
     elif compiled == "compiled":
         for layer in model.model.layers:
             layer.compile()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from corpus.chat_format import iter_conversations, to_messages
 from corpus.readers import input_error, iter_records
-from engine.model_folder import open_model_folder
+from engine.model_folder import fast_inference, open_model_folder
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 
@@ -77,19 +77,19 @@ def _key(prompt: list[dict]) -> str:
     return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
 
 
-@torch.no_grad()
 def sample_reply(model, tokenizer, prompt: list[dict], max_new_tokens: int) -> str:
     """One sampled answer. It depends on the prompt, not on the order of the prompts."""
     encoded = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).to(model.device)
     torch.manual_seed(random.Random(json.dumps(prompt, sort_keys=True)).getrandbits(63))
-    output = model.generate(
-        input_ids=encoded["input_ids"],
-        attention_mask=encoded["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-    )
+    with fast_inference(model):
+        output = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+        )
     return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

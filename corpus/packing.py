@@ -134,7 +134,6 @@ class PackedCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def full_batch(self, batch_size: int) -> dict[str, torch.Tensor]:
-        """The largest batch there can be: every row is full."""
-        input_ids = torch.ones(batch_size, self.max_seq_len, dtype=torch.long)
-        names = ("input_ids", "position_ids", "labels", "attention_mask")
-        return {name: input_ids.clone() for name in names}
+        """The largest batch there can be: every row is a full document."""
+        row = {"input_ids": np.ones(self.max_seq_len), "position_ids": np.arange(self.max_seq_len)}
+        return self([row] * batch_size)

@@ -4,11 +4,12 @@ import math
 
 import torch
 
-from engine.runtime import Runtime
+from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.sharding import whole_model
 from kernels import IGNORE_INDEX
 
 
+@eagerly
 @torch.no_grad()
 def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
     """val/loss in nats per target, and val/bits_per_byte, over all ranks' batches.
@@ -16,7 +17,7 @@ def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
     num_bytes: UTF-8 bytes of all targets.
     """
     model.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=rt.device)  # nats, targets
+    totals = torch.zeros(2, dtype=sum_dtype(rt.device), device=rt.device)  # nats, targets
     for batch in loader:
         batch = rt.to_device(batch)
         with rt.autocast():
@@ -30,6 +31,7 @@ def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
     }
 
 
+@eagerly
 @torch.no_grad()
 def sample(model, tokenizer, prompts: list[str], rt: Runtime, max_new_tokens: int = 60):
     """Sampled continuations of rendered prompts, with the same random draws each time.

@@ -87,8 +87,9 @@ def fit_batch_size(
     the GPU has memory for. Weights and optimizers are left as they were.
 
     Args:
-        model: what forward_backward is called with, before it is distributed.
-        forward_backward, full_batch: as in memory.StepMemory.
+        model: what the loop calls: compiled and distributed.
+        forward_backward: called with (model, batch, num_targets, rt), as in the loop.
+        full_batch: number of rows or pairs -> the largest batch there can be, on the CPU.
 
     Raises:
         MemoryError: not even one row fits.
@@ -99,15 +100,39 @@ def fit_batch_size(
     if rt.device.type != "cuda":  # a CPU does not say when its memory ends
         size = AUTO_ROWS
     else:
-        allocate_state(model, optimizers)
-        size = largest_micro_batch(
-            rows, lambda size: rt.all(backward_fits(model, full_batch(size), rt, forward_backward))
-        )
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            optimizer.state.clear()
+        with training_memory(model, optimizers):
+            size = largest_micro_batch(
+                rows,
+                lambda size: rt.all(backward_fits(model, full_batch(size), rt, forward_backward)),
+            )
+        forget_trials()
     rt.say(f"batch_size auto: {rows} rows of a step in {rows // size} micro-batches of {size}.")
     return config | {"batch_size": size, "gradient_accumulation_steps": rows // size}
+
+
+@contextlib.contextmanager
+def training_memory(model, optimizers):
+    """Gradients and the optimizers' state exist inside. A resumed run's state stays as it is."""
+    is_new = not any(optimizer.state for optimizer in optimizers)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    if is_new:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0  # the step changes nothing; the loop sets its own
+            optimizer.step()
+    yield
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+        if is_new:
+            optimizer.state.clear()
+
+
+def forget_trials():
+    """The run's peak of memory, and what is compiled, are its own, not those of larger trials."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
 
 
 def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
@@ -125,20 +150,11 @@ def largest_micro_batch(rows: int, fits: Callable[[int], bool]) -> int:
     )
 
 
-def allocate_state(model, optimizers):
-    """Make gradients and the optimizers' state, by a step that changes nothing."""
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        optimizer.step()
-
-
 def backward_fits(model, batch: dict, rt: Runtime, forward_backward: Callable) -> bool:
     """Whether forward and backward of a batch end without running out of memory."""
     try:
-        forward_backward(model, rt.to_device(batch), 1, rt)
+        with rt.no_exchange(model):
+            forward_backward(model, rt.to_device(batch), 1, rt)
     except torch.OutOfMemoryError:
         fits = False
     else:

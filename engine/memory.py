@@ -9,6 +9,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ import kernels
 from engine import optim
 from engine.runtime import make_runtime
 from kernels.attention import ATTENTION_KERNELS
+from kernels.autograd import compute_dtype
 from models import CustomLLM, CustomLLMConfig
 
 LEVELS = (False, "selective", "full")  # of gradient_checkpointing
@@ -77,6 +79,85 @@ class PeakBytes(TorchDispatchMode):
         self.alive -= size
 
 
+class _TakeScratch(torch.autograd.Function):
+    """The output itself. Its backward takes so many bytes into a list."""
+
+    @staticmethod
+    def forward(ctx, output, scratch: list, size: int):
+        ctx.scratch, ctx.size = scratch, size
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.scratch.append(grad.new_empty(ctx.size, dtype=torch.uint8))
+        return grad, None, None
+
+
+class _FreeScratch(torch.autograd.Function):
+    """The input itself. Its backward frees what the list holds."""
+
+    @staticmethod
+    def forward(ctx, x, scratch: list):
+        ctx.scratch = scratch
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.scratch.clear()
+        return grad, None
+
+
+def with_scratch(function: Callable, x: torch.Tensor, in_forward: int, in_backward: int):
+    """function(x), counted with the bytes that its kernels take and free inside."""
+    scratch: list[torch.Tensor] = []
+    x = _FreeScratch.apply(x, scratch)
+    held = x.new_empty(in_forward, dtype=torch.uint8)
+    output = function(x)
+    del held
+    return _TakeScratch.apply(output, scratch, in_backward)
+
+
+def planned_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """kernels.CUDA's. The varlen kernel's backward has the gradient of q in fp32 beside it, padded
+    by 128 tokens a document, and those of shared keys and values for every query head.
+    """
+
+    def attend(q):
+        return kernels.CUDA.attend(q, k, v, attention_mask, dropout)
+
+    if attention_mask is None or attention_mask.ndim == 4:
+        return attend(q)
+    (batch, heads, seq, head_dim), documents = q.shape, len(attention_mask) - 1
+    size = 4 * (batch * seq + 128 * documents) * heads * head_dim
+    if k.shape[1] != heads:
+        size += 2 * q.numel() * q.itemsize
+    return with_scratch(attend, q, 0, size)
+
+
+def planned_run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
+    """kernels.CUDA's. Its custom operators have copies of the weights inside, and up to six
+    tensors (rows, d_ff).
+    """
+    item, d_ff = compute_dtype(x).itemsize, experts[0].up_proj.out_features
+    weights, wide = 3 * len(experts) * d_ff * x.shape[1] * item, len(x) * d_ff * item
+
+    def run(x):
+        return kernels.CUDA.run_experts(x, counts, experts, backend)
+
+    return with_scratch(run, x, weights + wide, weights + 6 * wide)
+
+
+# A GPU's, where tensors have no contents and their device is the CPU.
+PLANNED_GPU = replace(
+    kernels.CUDA,
+    attend=planned_attend,
+    can_attend_by_document=lambda weight, dropout: (
+        not dropout and compute_dtype(weight).itemsize < 4
+    ),
+    run_experts=planned_run_experts,
+)
+
+
 class StepMemory:
     """A stage's model and optimizers, and the peak of their training step in bytes.
 
@@ -102,8 +183,8 @@ class StepMemory:
         self.rt = make_runtime(dtype, torch.device("cpu"))
         with self.mode or contextlib.nullcontext():
             self.model = CustomLLM(model_config).train()
-            self.model.backend = kernels.CUDA
-            self.optimizers = optim.build(self.model, config, emulates_bf16=False)  # a GPU
+            self.model.backend = PLANNED_GPU
+            self.optimizers = optim.build(self.model, config, torch.bfloat16)
             self._run(self._batch(1))  # creates the optimizers' state
             self._step()
 

@@ -6,8 +6,7 @@ import time
 import psutil
 import torch
 
-# Dense peak of matrix products with fp32 accumulation, FLOP/s: the most that PyTorch can reach.
-PEAK_FLOPS = {"3090": 71e12, "4090": 165e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
+from engine import cards
 
 
 def flops_per_token(model) -> float:
@@ -24,9 +23,9 @@ def flops_per_token(model) -> float:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """PEAK_FLOPS of the GPU; None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+    """FLOP/s of the GPU at its peak, the most that PyTorch can reach; None where not known."""
+    card = cards.find(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return card.flops if card else None
 
 
 def active_parameters(model) -> int:

@@ -1,23 +1,27 @@
 """The optimizers, their learning rate over time, and one step of them."""
 
 import math
+from collections.abc import Iterator
+from typing import cast
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from engine.runtime import Runtime, has_native_bf16
+from engine.runtime import Runtime, fast_dtype
 from engine.sharding import gather
 
+STACK = 2**25  # elements of the matrices that Muon updates together, which bounds its memory
 
-def build(model, config: dict, emulates_bf16: bool | None = None) -> list[torch.optim.Optimizer]:
+
+def build(
+    model, config: dict, product_dtype: torch.dtype | None = None
+) -> list[torch.optim.Optimizer]:
     """AdamW; or Muon for the blocks' matrices and AdamW for the rest. Only matrices decay.
 
     Muon: Jordan et al. 2024; scaled to AdamW's update size (arXiv 2502.16982).
 
-    emulates_bf16: whether bf16 is slow here, so that Muon's products run in fp32; None: find out.
+    product_dtype: of Muon's matrix products; None: the best of the model's device.
     """
-    if emulates_bf16 is None:
-        device = next(model.parameters()).device
-        emulates_bf16 = device.type == "cpu" and not has_native_bf16()
     matrices = {id(p) for p in model.parameters() if p.ndim >= 2}
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     named = [p for p in model.parameters() if p.requires_grad]
@@ -27,8 +31,9 @@ def build(model, config: dict, emulates_bf16: bool | None = None) -> list[torch.
         hidden = [p for p in named if id(p) in matrices - embeddings]
         learning_rate = config["muon_learning_rate"]
         group = {"params": hidden, "lr": learning_rate, "peak_lr": learning_rate}
-        muon = MuonInFp32 if emulates_bf16 else torch.optim.Muon
-        optimizers.append(muon([group], weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        product_dtype = product_dtype or fast_dtype(hidden[0].device)
+        options = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(BatchedMuon([group], product_dtype, **options))
         named = [p for p in named if id(p) not in matrices - embeddings]
     groups = [
         {"params": [p for p in named if id(p) in matrices], "weight_decay": decay},
@@ -42,42 +47,80 @@ def build(model, config: dict, emulates_bf16: bool | None = None) -> list[torch.
     ]
 
 
-class MuonInFp32(torch.optim.Muon):
-    """torch's Muon with its matrix products in fp32. Its checkpoints are the same.
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon on many matrices at a time. Its arithmetic, options and checkpoints are torch's.
 
-    torch computes them in bf16. A CPU without bf16 emulates it: one update of a (512, 2048) matrix
-    took 11.7 s there, and 0.16 s in fp32.
+    torch orthogonalizes one matrix after the other: a GPU waits for a thousand launches of small
+    kernels. Here the matrices of one shape are a stack, and each operation is one launch. Products
+    run in product_dtype. Shards of a distributed matrix cannot be stacked: torch's step takes them.
     """
+
+    _step_supports_amp_scaling = True  # as fused AdamW: see step_together
+
+    def __init__(self, params, product_dtype: torch.dtype, **options):
+        super().__init__(params, **options)
+        self.product_dtype = product_dtype
 
     @torch.no_grad()
     def step(self, closure=None):
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
         for group in self.param_groups:
-            for parameter in [p for p in group["params"] if p.grad is not None]:
-                state, momentum = self.state[parameter], group["momentum"]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-                update = orthogonalize(
-                    parameter.grad.lerp(average, momentum),  # Nesterov
-                    group["ns_coefficients"],
-                    group["ns_steps"],
-                    group["eps"],
-                )
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * math.sqrt(max(parameter.shape))  # AdamW's: "match_rms_adamw"
-                parameter.add_(update, alpha=-group["lr"] * size)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for stack in stacks(parameters):
+                self._update(stack, group)
+
+    def _update(self, parameters: list[torch.Tensor], group: dict):
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        momentum, shrink = group["momentum"], 1 - group["lr"] * group["weight_decay"]
+        grads = torch.stack(
+            [cast(torch.Tensor, p.grad) for p in parameters]
+        )  # (count, height, width)
+        before = torch.stack(averages)
+        average = before.lerp(grads, 1 - momentum)
+        update = orthogonalize(
+            grads.lerp_(average, momentum).to(self.product_dtype),  # Nesterov
+            group["ns_coefficients"],
+            group["ns_steps"],
+            group["eps"],
+        )
+        if (found := getattr(self, "found_inf", None)) is not None:
+            overflow = found > 0  # no branch: asking would make the GPU wait
+            average = torch.where(overflow, before, average)
+            update = update.masked_fill(overflow, 0)
+            shrink = torch.where(overflow, 1.0, shrink)
+        size = 0.2 * math.sqrt(max(parameters[0].shape))  # AdamW's: "match_rms_adamw"
+        torch._foreach_copy_(averages, average.unbind())
+        torch._foreach_mul_(parameters, shrink)
+        torch._foreach_add_(parameters, update.to(grads.dtype).unbind(), alpha=-group["lr"] * size)
 
 
-def orthogonalize(matrix: torch.Tensor, coefficients, steps: int, eps: float) -> torch.Tensor:
-    """Newton-Schulz: singular values towards 1, in the matrix's dtype (Jordan et al. 2024)."""
+def stacks(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Parameters of one shape, in their order; no more together than STACK elements."""
+    of_shape: dict[torch.Size, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        of_shape.setdefault(parameter.shape, []).append(parameter)
+    for shape, alike in of_shape.items():
+        count = max(1, STACK // shape.numel())
+        yield from (alike[start : start + count] for start in range(0, len(alike), count))
+
+
+def orthogonalize(stack: torch.Tensor, coefficients, steps: int, eps: float) -> torch.Tensor:
+    """Newton-Schulz: singular values towards 1, in the dtype of stack (count, height, width).
+
+    Jordan et al. 2024.
+    """
     a, b, c = coefficients
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if is_tall else matrix
-    x = x / x.norm().clamp(min=eps)
+    is_tall = stack.shape[1] > stack.shape[2]
+    x = stack.mT if is_tall else stack
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
 
 
 def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
@@ -108,20 +151,36 @@ def set_learning_rate(
 def step(model, optimizers, rt: Runtime, max_grad_norm: float) -> torch.Tensor:
     """Unscale, clip, step, clear. Returns the gradient norm before clipping, on the device.
 
-    After an fp16 overflow the scaler skips the step and halves its scale. Without a scaler the
+    After an fp16 overflow no optimizer steps, and the scaler halves its scale. Without a scaler the
     step is taken whatever the gradients are: guards.FiniteGuard stops the run.
     """
     for optimizer in optimizers:
         rt.scaler.unscale_(optimizer)
     limit = max_grad_norm or float("inf")
-    grad_norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
-    if len(optimizers) == 1:
-        rt.scaler.step(optimizers[0])
-    # The scaler skips single optimizers. Of two, one must not step while the other overflows.
-    elif not rt.scaler.is_enabled() or torch.isfinite(grad_norm):
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    if not rt.scaler.is_enabled():
         for optimizer in optimizers:
             optimizer.step()
+    elif len(optimizers) == 1:
+        rt.scaler.step(optimizers[0])
+    else:
+        step_together(optimizers, grad_norm)
     rt.scaler.update()
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    return gather(grad_norm)
+
+
+def step_together(optimizers: list[torch.optim.Optimizer], grad_norm: torch.Tensor):
+    """All step or, after an overflow, none. The scaler would skip single ones."""
+    fused = all(getattr(o, "_step_supports_amp_scaling", False) for o in optimizers)
+    if isinstance(grad_norm, DTensor) or not fused:  # this waits for the GPU
+        if torch.isfinite(gather(grad_norm)):
+            for optimizer in optimizers:
+                optimizer.step()
+        return
+    overflow = (~torch.isfinite(grad_norm)).float()
+    for optimizer in optimizers:  # in these attributes torch's scaler tells fused optimizers
+        optimizer.grad_scale, optimizer.found_inf = None, overflow  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

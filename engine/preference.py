@@ -12,7 +12,7 @@ from torch import nn
 
 from engine.disk import atomic_folder, cache_lock, content_hash, settings_hash
 from engine.model_folder import load_model_folder
-from engine.runtime import Runtime
+from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.steps import sum_counts
 
 PAIR_METRICS = (
@@ -81,7 +81,7 @@ def count_pairs(micro_batches: list[dict], rt: Runtime) -> tuple[int, int]:
 
 
 def pair_sums(losses, chosen_rewards, rejected_rewards, logps, batch: dict) -> dict:
-    """Detached fp64 sums over a batch's pairs, to be added up over a step or a validation.
+    """Detached sums over a batch's pairs, to be added up over a step or a validation.
 
     losses and rewards (pairs,), logps (2 * pairs,).
     """
@@ -96,7 +96,8 @@ def pair_sums(losses, chosen_rewards, rejected_rewards, logps, batch: dict) -> d
     sums["tokens"] = batch["answer_lengths"].view(-1, 2)[:, 0].sum()  # of chosen answers
     sums["bytes"] = batch["chosen_bytes"].sum()
     sums["pairs"] = torch.tensor(len(losses))
-    return {name: value.double().to(losses.device) for name, value in sums.items()}
+    device, dtype = losses.device, sum_dtype(losses.device)
+    return {name: value.to(device, dtype) for name, value in sums.items()}
 
 
 def pair_metrics(sums: dict, rt: Runtime, prefix: str = "") -> dict[str, float]:
@@ -115,6 +116,13 @@ def pair_metrics(sums: dict, rt: Runtime, prefix: str = "") -> dict[str, float]:
     return metrics
 
 
+def reward_line(metrics: dict) -> str:
+    """What a line of the log says beside the loss."""
+    names = ("rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    return "".join(f" | {name.split('/')[1]} {metrics[name]:.3g}" for name in names)
+
+
+@eagerly
 @torch.no_grad()
 def validate(scorer, loader, rt: Runtime, pair_losses) -> dict[str, float]:
     """val/loss, val/rewards/…, val/logps/… and val/bits_per_byte of the chosen answers.
@@ -169,6 +177,7 @@ def add_reference_logps(
     )
 
 
+@eagerly
 @torch.no_grad()
 def reference_logps(
     scorer, pairs: Dataset, collate, rt: Runtime, batch_size: int = 32

@@ -17,6 +17,9 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm import tqdm
 
+import kernels
+from engine.device import check_card_is_usable, check_kernels, describe_old_card
+
 
 @dataclass
 class Runtime:
@@ -57,9 +60,13 @@ class Runtime:
         for index, batch in enumerate(micro_batches):
             is_last = index == len(micro_batches) - 1
             with contextlib.ExitStack() as stack:
-                if self.accelerator is not None and not is_last:
-                    stack.enter_context(self.accelerator.no_sync(model))
+                if not is_last:
+                    stack.enter_context(self.no_exchange(model))
                 yield self.to_device(batch)
+
+    def no_exchange(self, model):
+        """Inside, backward leaves each rank with its own gradients."""
+        return self.accelerator.no_sync(model) if self.accelerator else contextlib.nullcontext()
 
     def place(self, module: torch.nn.Module):
         """Move a model to the device."""
@@ -110,20 +117,30 @@ class Runtime:
             self.accelerator.wait_for_everyone()
 
 
-def start(mixed_precision: str, seed: int) -> Runtime:
+def start(mixed_precision: str, seed: int, device_choice: str = "auto") -> Runtime:
     """Set up the device, the ranks and the precision of a run, and seed every generator.
 
+    device_choice: "cpu" leaves a GPU alone.
+
     Raises:
-        ValueError: accelerate's launcher or the precision is set to what cannot be done here.
+        ValueError: accelerate's launcher or the precision is set to what cannot be done here, or
+            torch cannot use the GPU that is here.
     """
-    accelerator = make_accelerator()
+    if device_choice == "auto":
+        check_card_is_usable()
+    accelerator = make_accelerator(device_choice == "cpu")
     device, rank = accelerator.device, accelerator.process_index
-    dtype = choose_dtype(mixed_precision, device, has_native_bf16())
+    if device.type == "cuda":
+        check_kernels(device)
+    dtype = choose_dtype(mixed_precision, device, has_native_bf16(device))
+    torch.set_float32_matmul_precision("high")  # fp32 products in TF32, on GPUs that have it
     world = accelerator.num_processes
     rt = make_runtime(dtype, device, accelerator=accelerator, rank=rank, world=world)
     if mixed_precision == "fp16" and dtype is not torch.float16:
         name = "bf16" if dtype else "fp32"
         rt.say(f"mixed_precision fp16 is emulated on a {device.type}, and slow: using {name} here.")
+    if device.type == "cuda" and (about := describe_old_card(device)):
+        rt.say(about)
     seed_everything(seed)
     return rt
 
@@ -137,18 +154,35 @@ def make_runtime(dtype: torch.dtype | None, device: torch.device, **place) -> Ru
 def choose_dtype(
     mixed_precision: str, device: torch.device, native_bf16: bool
 ) -> torch.dtype | None:
-    """What `mixed_precision` can mean on this device. native_bf16: whether a CPU computes in it."""
+    """What `mixed_precision` can mean on this device. native_bf16: whether it computes in bf16."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "no": None}[mixed_precision]
-    if device.type != "cuda" and dtype is torch.float16:
+    if device.type != "cuda" and dtype is torch.float16:  # where fp16's scaler does not run
         return torch.bfloat16 if native_bf16 else None
-    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and dtype is torch.bfloat16 and not native_bf16:
         raise ValueError('This GPU has no bf16: set mixed_precision to "fp16".')
     return dtype
 
 
-def has_native_bf16() -> bool:
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16. Where it is only emulated, fp32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of fast matrix products: bf16; fp16 on a GPU that is too old; otherwise fp32."""
+    if has_native_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over a step or a validation. Apple's GPU has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def seed_everything(seed: int):
@@ -157,10 +191,10 @@ def seed_everything(seed: int):
     torch.manual_seed(seed)
 
 
-def make_accelerator() -> Accelerator:
+def make_accelerator(on_cpu: bool) -> Accelerator:
     """Raises ValueError when accelerate's launcher is set to what these scripts cannot do."""
     # Stated, because otherwise torchrun on a CPU would not distribute.
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu = on_cpu or not torch.accelerator.is_available()
     if on_cpu:
         keep_freed_memory()
     # Every rank reads the weights it starts from. transformers would leave all ranks but the first
@@ -197,11 +231,37 @@ def keep_freed_memory():
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def compile_blocks(model, torch_compile, device: torch.device):
-    """torch.compile each block: 5 s, the whole model takes 20 s. "auto": on CUDA only."""
-    if torch_compile is True or (torch_compile == "auto" and device.type == "cuda"):
+def compile_blocks(model, torch_compile, rt: Runtime):
+    """torch.compile the training step: each block (5 s; the whole model takes 20 s), and the loss
+    on a GPU. "auto": on CUDA, where a compiler is found.
+
+    Everything else must run under `eagerly`. A function has room for eight compiled variants: with
+    validation and sampling among them, training would get none.
+    """
+    if torch_compile == "auto":
+        problem = find_compiler_problem(rt.device) if rt.device.type == "cuda" else None
+        torch_compile = rt.device.type == "cuda" and not rt.any(problem is not None)
+        if problem:
+            rt.say(f'torch_compile "auto": training without it, because it fails here: {problem}')
+    if torch_compile:
         for block in model.model.layers:
             block.compile()
+        model.backend = kernels.compiled(model.backend)
+
+
+def find_compiler_problem(device: torch.device) -> str | None:
+    """Why torch.compile does not work here: no Triton (Windows), no C compiler (a bare Linux)."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:  # of many kinds, from torch, Triton and the system
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
+def eagerly(function):
+    """A function that runs no compiled code, and compiles none."""
+    return torch.compiler.set_stance("force_eager")(function)
 
 
 class StopSignal:

@@ -9,10 +9,13 @@ import os
 import re
 import sys
 
+import torch
+
 CHOICES = {
     "mixed_precision": ("fp16", "bf16", "no"),
     "optimizer": ("adamw", "muon"),
     "torch_compile": ("auto", True, False),
+    "device": ("auto", "cpu"),
     "gradient_checkpointing": (False, "selective", "full", "attention", True),
     "resume": ("auto", False),
 }
@@ -195,6 +198,11 @@ def run_from_command_line(stage_function, defaults: dict):
         own = own_arguments(stage_function)
         passed = {name: overrides.pop(name) for name in own if name in overrides}
         stage_function(wandb_config=overrides, **passed)
+    except torch.OutOfMemoryError as error:  # in a step the stage explains it better
+        raise SystemExit(
+            "error: The GPU's memory ended before training began. Does another program use it "
+            "(nvidia-smi shows that)? `python plan.py` estimates what a model takes."
+        ) from error
     except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:  # before or after the loop, which saves first

@@ -6,14 +6,25 @@ changing a module. plan.py plans a GPU on a machine without one by giving the mo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from kernels import attention, cross_entropy, experts, norm_rope, swiglu
-from kernels.cross_entropy import IGNORE_INDEX, Chunks
+from kernels.attention import additive_mask
+from kernels.cross_entropy import IGNORE_INDEX, Chunks, log_probs_of_logits, loss_of_chunk
 
-__all__ = ["CPU", "CUDA", "IGNORE_INDEX", "REFERENCE", "Backend", "for_device"]
+__all__ = [
+    "CPU",
+    "CUDA",
+    "IGNORE_INDEX",
+    "REFERENCE",
+    "Backend",
+    "additive_mask",
+    "compiled",
+    "for_device",
+]
 
 
 @dataclass(frozen=True)
@@ -73,3 +84,18 @@ REFERENCE = Backend(
 def for_device(device: torch.device) -> Backend:
     """The backend of a model on this device: CUDA's functions serve every GPU."""
     return CPU if device.type == "cpu" else CUDA
+
+
+def compiled(backend: Backend) -> Backend:
+    """A backend whose softmax over a GPU's chunk of logits is compiled.
+
+    A CPU's softmax works on parts that stay in the cache of a core, and gains nothing.
+    """
+    if backend.chunks.softmax is not None:
+        return backend
+    loss, log_probs = torch.compile(loss_of_chunk), torch.compile(log_probs_of_logits)
+    return replace(
+        backend,
+        cross_entropy=partial(cross_entropy.chunked_cross_entropy, of_chunk=loss),
+        token_log_probs=partial(cross_entropy.chunked_log_probs, of_logits=log_probs),
+    )

@@ -3,11 +3,14 @@
 Three forms of `attention_mask` say which positions see which:
 
     None                          plain causal rows
-    bool (batch, 1, seq, keys)    any pattern: padding, DPO's shared questions, a KV cache
+    float (batch, 1, seq, keys)   any pattern: padding, DPO's shared questions, a KV cache;
+                                  0 where a query sees a key, -inf where not (additive_mask)
     int32 (documents + 1,)        packed rows: where each document of the flattened rows starts,
                                   and the end; no (seq, seq) mask, no work across documents
 
-A GPU takes the three with SDPA's flash kernel, SDPA with a mask, and the varlen flash kernel.
+A GPU takes the three with SDPA's flash kernel, its memory-efficient kernel, and the varlen flash
+kernel. Flash kernels want 16 bits and compute capability 8.0 (Ampere), and wheels for Windows have
+none. Without them the memory-efficient kernel takes all, packed rows by a mask.
 
 A CPU takes the first and the third in tiles of queries. The scores of one tile stay in the
 cache, and all but the softmax is batched matrix products, which run at the full speed of the
@@ -17,8 +20,9 @@ computes the probabilities again instead of keeping them (FlashAttention, arXiv 
 The tiled kernel is two torch custom operators: torch.compile and checkpointing see one call each.
 """
 
+import inspect
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +163,17 @@ tiled_attention.register_autograd(_backward, setup_context=_keep)
 # --- one call of a layer ------------------------------------------------------------------------
 
 
+def additive_mask(mask: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor | None:
+    """A bool mask, True where a query sees a key, as what is added to scores: 0 or -inf.
+
+    Made once for all layers. SDPA would make it from a bool mask in each layer, and keep each
+    layer's for backward. weight: any parameter of the model, for the dtype of its queries.
+    """
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=compute_dtype(weight)).masked_fill_(~mask, float("-inf"))
+
+
 def sdpa(q, k, v, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     return F.scaled_dot_product_attention(
         q,
@@ -184,22 +199,35 @@ def attend_on_cpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) 
 
 def attend_on_gpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """Shapes as attend_on_cpu."""
-    if attention_mask is None or attention_mask.ndim == 4:
-        return sdpa(q, k, v, attention_mask, dropout)
-    seq, is_grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if attention_mask is not None and attention_mask.ndim == 1:
+        return attend_by_document(q, k, v, attention_mask)
+    # Only the flash kernel lets several queries share a key. SDPA would fall to its unfused form.
+    if attention_mask is not None or not has_flash_kernel(q.device, q.dtype):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    return sdpa(q, k, v, attention_mask, dropout)
+
+
+# torch 2.11 has no such word, and lets queries share a key without it.
+SHARE_KEYS: dict[str, Any] = {"enable_gqa": True}
+if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
+    SHARE_KEYS = {}
+
+
+def attend_by_document(q, k, v, bounds: torch.Tensor) -> torch.Tensor:
+    """Shapes as attend_on_cpu; bounds int32 (documents + 1,)."""
+    seq, options = q.shape[2], SHARE_KEYS if q.shape[1] != k.shape[1] else {}
     q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
-    bounds, longest = (attention_mask, attention_mask), (seq, seq)  # of queries, of keys
-    x = varlen_attn(q, k, v, *bounds, *longest, window_size=(-1, 0), enable_gqa=is_grouped)
+    x = varlen_attn(q, k, v, bounds, bounds, seq, seq, window_size=(-1, 0), **options)
     return rearrange(cast(torch.Tensor, x), "(b s) h d -> b h s d", s=seq)
 
 
 def reference_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """The twin of both: softmax(q k^T / sqrt(head_dim)) v with every score written out."""
     if attention_mask is None or attention_mask.ndim == 1:
-        attention_mask = document_mask(attention_mask, q)
+        attention_mask = additive_mask(document_mask(attention_mask, q), q)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.mT * q.shape[-1] ** -0.5).float()  # (batch, heads, seq, keys)
-    probs = scores.masked_fill(~attention_mask, float("-inf")).softmax(-1).to(v.dtype)
+    probs = (scores + attention_mask).softmax(-1).to(v.dtype)
     return F.dropout(probs, dropout) @ v
 
 
@@ -223,11 +251,17 @@ def can_attend_by_document_on_cpu(weight: torch.Tensor, dropout: float) -> bool:
 
 
 def can_attend_by_document_on_gpu(weight: torch.Tensor, dropout: float) -> bool:
-    """The varlen kernel takes 16 bits, on compute capability 8.0 (Ampere) or higher."""
-    dtype = compute_dtype(weight)
-    if weight.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or dropout:
+    """Parameters as above. The varlen kernel is a flash kernel; model_config checks head_dim."""
+    return not dropout and has_flash_kernel(weight.device, compute_dtype(weight))
+
+
+@torch.compiler.assume_constant_result
+def has_flash_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has a flash attention kernel for this device and dtype."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(weight.device) >= (8, 0)
+    is_ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_ampere and torch.backends.cuda.is_flash_attention_available()
 
 
 # What selective activation checkpointing keeps: the outputs of these operators.

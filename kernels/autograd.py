@@ -1,6 +1,7 @@
-"""What several kernels share: dtypes under autocast, and recomputation in backward."""
+"""What several kernels share: dtypes under autocast, sums in fp32, recomputation in backward."""
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -13,6 +14,35 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     """x in fp32 if it has 16 bits. An fp64 tensor stays as it is, so that gradcheck works."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor):
+    """total += left.T @ right; total may be of higher precision than the factors.
+
+    A product of fp16 never becomes fp16: it can be beyond its largest number, 65,504.
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    elif left.is_cuda and torch.version.cuda:
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    elif left.dtype == torch.float16:
+        total.addmm_(left.T.to(total.dtype), right.to(total.dtype))
+    else:
+        total += left.T @ right
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in a dtype, as the output of an autograd.Function.
+
+    In a compiled graph it is always a new tensor, which costs nothing there. Dynamo of torch 2.11
+    gives wrong gradients, without a word, for an output that was written in place.
+    """
+    return x.to(dtype, copy=torch.compiler.is_compiling())
+
+
+def is_plain(layer) -> bool:
+    """Whether calling the layer does no more than multiply by its weight: it has no adapter."""
+    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
 def recompute(function, *tensors):

@@ -4,13 +4,15 @@ A batch of 32 x 512 tokens with a vocabulary of 32,000 has 2 GB of fp32 logits, 
 keep several copies. Both functions below work through the tokens in chunks instead.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from kernels.autograd import compute_dtype
+from kernels.autograd import add_product, compute_dtype
 
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 
@@ -73,7 +75,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, kept, chunks: Chunks, needs_grad: bool):
+    def forward(ctx, hidden, weight, targets, kept, chunks: Chunks, needs_grad: bool, of_chunk):
         dtype = compute_dtype(hidden)
         head = weight.to(dtype)  # (vocab, d_model), cast once for all chunks
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -84,50 +86,67 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + size) if kept is None else kept[start : start + size]
             chunk = hidden[part].to(dtype)
             logits = F.linear(chunk, head)  # (chunk, vocab)
-            loss += loss_of_chunk(logits, targets[part], needs_grad, chunks.softmax)
+            loss += of_chunk(logits, targets[part], needs_grad, chunks.softmax)
             if needs_grad:
                 grad_hidden[part] = (logits @ head).to(hidden.dtype)
-                grad_weight += logits.T @ chunk
+                add_product(grad_weight, logits, chunk)
             del logits  # before the next chunk's are made
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden * grad_loss, grad_weight, None, None, None, None
+        if ctx.gradients is None:
+            raise RuntimeError("This loss was differentiated already: compute it again.")
+        # In place: a second gradient of the head would be as large as the head.
+        grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None, None
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunks: Chunks
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunks: Chunks,
+    of_chunk: Callable = loss_of_chunk,
 ) -> torch.Tensor:
-    """Sum over targets of -log softmax(hidden @ weight.T)[target], fp32.
+    """Sum over targets of -log softmax(hidden @ weight.T)[target], fp32. Differentiable once.
 
     Args:
         hidden: (tokens, d_model), the final hidden state at each predicting position.
         weight: (vocab, d_model), the output head.
         targets: int64 (tokens,); IGNORE_INDEX is no target.
         chunks: of this device.
+        of_chunk: loss_of_chunk, or the same compiled: one pass over the logits in place of eight.
     """
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1) if chunks.skip_ignored else None
     # Asked here: inside forward() gradients are off, and ctx.needs_input_grad does not tell.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, kept, chunks, needs_grad)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, kept, chunks, needs_grad, of_chunk)
+
+
+def log_probs_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """fp32 (chunk,) of logits (chunk, vocab) and targets (chunk,)."""
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def chunked_log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunks: Chunks
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunks: Chunks,
+    of_logits: Callable = log_probs_of_logits,
 ) -> torch.Tensor:
     """log softmax(hidden @ weight.T)[target] of each token, fp32 (tokens,), differentiable.
 
     Backward computes the logits again, chunk by chunk. Arguments as chunked_cross_entropy, but
-    every target must be a token id.
+    every target must be a token id; of_logits: log_probs_of_logits, or the same compiled.
     """
 
     def of_chunk(chunk, weight, target):
-        return -F.cross_entropy(F.linear(chunk, weight).float(), target, reduction="none")
+        return of_logits(F.linear(chunk, weight), target)
 
     size = chunks.tokens(weight.shape[0])
     pairs = zip(hidden.split(size), targets.split(size), strict=True)

@@ -1,13 +1,23 @@
-"""The experts of one mixture layer, over tokens that are sorted by expert."""
+"""The experts of one mixture layer, over tokens that are sorted by expert.
+
+All experts of a layer are one torch custom operator: torch.compile and checkpointing see one call,
+in every dtype. Which rows are whose is known to the device alone, or also to its host:
+
+    on the device    torch's grouped matrix product, where a GPU has a kernel for it
+    on the host      one product after the other. The counts are fetched once in a layer's forward:
+                     on other GPUs torch's grouped product fetches them for each of its six products
+"""
+
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 
-from kernels.autograd import compute_dtype, recompute
+from kernels.autograd import compute_dtype, is_plain
 
 
 def run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
-    """Each expert's SwiGLU of its own rows, by grouped matrix products where they run.
+    """Each expert's SwiGLU of its own rows, in the dtype of matrix products.
 
     Args:
         x: (rows, d_model), sorted by expert.
@@ -18,51 +28,141 @@ def run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torc
     Returns:
         (rows, d_model).
     """
-    dtype = compute_dtype(x)  # autocast does not cast grouped_mm
-    d_ff = experts[0].up_proj.out_features
-    if not can_use_grouped_mm(x.device, dtype, x.shape[-1], d_ff):
+    dtype = compute_dtype(x)
+    layers = [(e.gate_proj, e.up_proj, e.down_proj) for e in experts]
+    if not all(is_plain(layer) for of_expert in layers for layer in of_expert):
         return run_experts_one_by_one(x, counts, experts, backend)
-    # Under torch.compile its shape function and inductor's template take bf16 only.
-    if torch.compiler.is_compiling() and dtype != torch.bfloat16:
-        return run_experts_outside_the_graph(x.to(dtype), counts, experts)
-    return run_experts_grouped(x.to(dtype), counts, experts)
+    if not has_grouped_kernel(x.device, dtype, x.shape[-1], layers[0][0].out_features):
+        counts = counts.cpu()
+    gate, up, down = ([layer.weight for layer in of_kind] for of_kind in zip(*layers, strict=True))
+    return expert_swiglu(x.to(dtype), counts, gate, up, down)[0]
 
 
-def can_use_grouped_mm(device: torch.device, dtype: torch.dtype, *row_sizes: int) -> bool:
-    """Whether torch's grouped matrix product runs here.
+@torch.compiler.assume_constant_result
+def has_grouped_kernel(device: torch.device, dtype: torch.dtype, *row_sizes: int) -> bool:
+    """Whether torch has a kernel for the grouped product: compute capability 9 or 10, and bf16.
 
-    It needs rows of a multiple of 16 bytes, and on CUDA compute capability 8.0.
+    It needs rows of a multiple of 16 bytes.
     """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
     if any(size * dtype.itemsize % 16 for size in row_sizes):
         return False
-    if device.type != "cuda":
-        return device.type == "cpu"
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def run_experts_grouped(x: torch.Tensor, counts: torch.Tensor, experts) -> torch.Tensor:
-    """run_experts in two grouped matrix products, in x's dtype."""
-    dtype = x.dtype
-    weights = [(e.gate_proj.weight, e.up_proj.weight, e.down_proj.weight) for e in experts]
-    gate_up = torch.stack([torch.cat((g.to(dtype), u.to(dtype))) for g, u, _ in weights])
-    down = torch.stack([d.to(dtype) for _, _, d in weights])  # (experts, d_model, d_ff)
-    ends = counts.cumsum(0).to(torch.int32)
-    hidden = F.grouped_mm(x, gate_up.transpose(-2, -1), offs=ends)
-
-    def finish(hidden):  # (rows, 2 * d_ff)
-        gate, up = hidden.chunk(2, dim=-1)
-        return F.grouped_mm(F.silu(gate) * up, down.transpose(-2, -1), offs=ends)
-
-    return recompute(finish, hidden)
+def multiply_groups(rows: torch.Tensor, matrices: torch.Tensor, counts: torch.Tensor):
+    """rows (rows, size), matrices (experts, size, width) -> (rows, width)."""
+    if counts.device.type != "cpu":
+        return F.grouped_mm(rows, matrices, offs=counts.cumsum(0).to(torch.int32))
+    output = rows.new_empty(len(rows), matrices.shape[-1])
+    for part, matrix in zip(parts(counts), matrices, strict=True):
+        torch.mm(rows[part], matrix, out=output[part])
+    return output
 
 
-# Between two compiled graphs it runs the same kernels. It does not wait for the counts.
-run_experts_outside_the_graph = torch.compiler.disable(run_experts_grouped)
+def sum_groups(left: torch.Tensor, right: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """left (rows, height), right (rows, width) -> each expert's left.T @ right, stacked."""
+    if counts.device.type != "cpu":
+        return F.grouped_mm(left.T, right, offs=counts.cumsum(0).to(torch.int32))
+    output = left.new_empty(len(counts), left.shape[1], right.shape[1])
+    for part, product in zip(parts(counts), output, strict=True):
+        torch.mm(left[part].T, right[part], out=product)
+    return output
+
+
+def parts(counts: torch.Tensor) -> list[slice]:
+    """Each expert's rows."""
+    return [slice(*ends) for ends in pairwise(accumulate(counts.tolist(), initial=0))]
+
+
+def stack_weights(
+    gate: list[torch.Tensor], up: list[torch.Tensor], down: list[torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(experts, 2 * d_ff, d_model) of gate and up, and (experts, d_model, d_ff) of down, in dtype.
+
+    Mixed precision would make a copy in 16 bits anyway.
+    """
+    pairs = [torch.cat((g.to(dtype), u.to(dtype))) for g, u in zip(gate, up, strict=True)]
+    return torch.stack(pairs), torch.stack([weight.to(dtype) for weight in down])
+
+
+@torch.library.custom_op("llm::expert_swiglu", mutates_args=())
+def expert_swiglu(
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, gate(x) beside up(x)): (rows, d_model) and (rows, 2 * d_ff), in x's dtype.
+
+    x (rows, d_model); counts int64 (experts,), on the CPU or x's device; gate and up
+    (d_ff, d_model) and down (d_model, d_ff) of each expert.
+    """
+    gate_up, down_weights = stack_weights(gate, up, down, x.dtype)
+    hidden = multiply_groups(x, gate_up.mT, counts)  # (rows, 2 * d_ff)
+    gate_part, up_part = hidden.chunk(2, dim=-1)
+    return multiply_groups(F.silu(gate_part).mul_(up_part), down_weights.mT, counts), hidden
+
+
+@torch.library.custom_op("llm::expert_swiglu_backward", mutates_args=())
+def expert_swiglu_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    hidden: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of stack_weights' gate and up, and of its down; grad is the output's."""
+    grad = grad.contiguous()
+    gate_up, down_weights = stack_weights(gate, up, down, x.dtype)
+    gate_part, up_part = hidden.chunk(2, dim=-1)
+    activated = F.silu(gate_part)  # (rows, d_ff)
+    grad_product = multiply_groups(grad, down_weights, counts)
+    grad_down = sum_groups(grad, activated * up_part, counts)
+    grad_gate = torch.ops.aten.silu_backward(grad_product * up_part, gate_part)
+    grad_hidden = torch.cat((grad_gate, activated.mul_(grad_product)), dim=-1)
+    grad_x = multiply_groups(grad_hidden, gate_up, counts)
+    return grad_x, sum_groups(grad_hidden, x, counts), grad_down
+
+
+@expert_swiglu.register_fake
+def _(x, counts, gate, up, down):
+    return torch.empty_like(x), x.new_empty(x.shape[0], 2 * gate[0].shape[0])
+
+
+@expert_swiglu_backward.register_fake
+def _(grad, x, counts, hidden, gate, up, down):
+    experts, (d_ff, d_model) = len(gate), gate[0].shape
+    stacked = (x.new_empty(experts, 2 * d_ff, d_model), x.new_empty(experts, d_model, d_ff))
+    return torch.empty_like(x), *stacked
+
+
+def _keep(ctx, inputs, output):
+    x, counts, gate, up, down = inputs
+    ctx.save_for_backward(x, counts, output[1], *gate, *up, *down)
+    ctx.set_materialize_grads(False)  # gate(x) and up(x) have none
+
+
+def _backward(ctx, grad, _):
+    x, counts, hidden, *weights = ctx.saved_tensors
+    count = len(weights) // 3
+    gate, up, down = weights[:count], weights[count : 2 * count], weights[2 * count :]
+    of_x, of_gate_up, of_down = expert_swiglu_backward(grad, x, counts, hidden, gate, up, down)
+    of_gate, of_up = of_gate_up.chunk(2, dim=1)  # (experts, d_ff, d_model) each
+    of_weights = (list(of_kind.to(gate[0].dtype)) for of_kind in (of_gate, of_up, of_down))
+    return of_x, None, *of_weights
+
+
+expert_swiglu.register_autograd(_backward, setup_context=_keep)
 
 
 @torch.compiler.disable
 def run_experts_one_by_one(x: torch.Tensor, counts, experts, backend) -> torch.Tensor:
-    """The twin of run_experts, and its fallback: one ordinary SwiGLU call per expert."""
-    parts = x.split(counts.tolist())
-    outputs = [expert(part, backend) for expert, part in zip(experts, parts, strict=True)]
+    """The twin of run_experts, and what runs experts with adapters: one SwiGLU call per expert."""
+    of_experts = x.split(counts.tolist())
+    outputs = [expert(rows, backend) for expert, rows in zip(experts, of_experts, strict=True)]
     return torch.cat(outputs)

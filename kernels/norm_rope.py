@@ -7,7 +7,7 @@ traces through both functions; the compiled graph keeps the input alone.
 
 import torch
 
-from kernels.autograd import apply, at_least_fp32, compute_dtype
+from kernels.autograd import apply, at_least_fp32, compute_dtype, rounded
 
 
 def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +29,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, dtype):
         x_hat, scale = normalize(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return x_hat.mul_(weight).to(dtype)
+        return rounded(x_hat.mul_(weight), dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
         grad, x_hat = at_least_fp32(grad), at_least_fp32(x) * scale
         grad_weight = (grad * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
         grad_x = normalize_backward(grad * weight, x_hat, scale)
-        return grad_x.to(x.dtype), grad_weight, None, None
+        return rounded(grad_x, x.dtype), grad_weight, None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -64,7 +64,7 @@ class _NormAndRotate(torch.autograd.Function):
     def forward(ctx, x, weight, cos, sin, eps):
         x_hat, scale = normalize(x, eps)
         ctx.save_for_backward(x, weight, scale, cos, sin)
-        return rotate(x_hat.mul_(weight), cos, sin).to(x.dtype)
+        return rounded(rotate(x_hat.mul_(weight), cos, sin), x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -73,7 +73,7 @@ class _NormAndRotate(torch.autograd.Function):
         x_hat = at_least_fp32(x) * scale
         grad_weight = (grad * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
         grad_x = normalize_backward(grad.mul_(weight), x_hat, scale)
-        return grad_x.to(x.dtype), grad_weight, None, None, None
+        return rounded(grad_x, x.dtype), grad_weight, None, None, None
 
 
 def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:

@@ -8,9 +8,8 @@ tiled kernel is two torch custom operators: torch.compile and checkpointing see 
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from kernels.autograd import compute_dtype, recompute
+from kernels.autograd import add_product, compute_dtype, is_plain, recompute
 
 TILE = 1024  # tokens; smaller tiles add to the weights' gradients too often
 silu, silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input
@@ -18,14 +17,6 @@ silu, silu_backward = torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad
 
 def tiles(tokens: int):
     return (slice(start, min(start + TILE, tokens)) for start in range(0, tokens, TILE))
-
-
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor):
-    """total += left.T @ right; total may be of higher precision than the factors."""
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-    else:
-        total += left.T @ right
 
 
 @torch.library.custom_op("llm::tiled_swiglu", mutates_args=())
@@ -114,11 +105,6 @@ def swiglu_on_cpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tenso
         tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))  # (tokens, d_model)
         return tiled_swiglu(tokens, *(layer.weight for layer in layers))[0].view(x.shape)
     return swiglu_on_gpu(x, *layers)
-
-
-def is_plain(layer) -> bool:
-    """Whether calling the layer does no more than multiply by its weight."""
-    return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
 
 
 def swiglu_on_gpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tensor:

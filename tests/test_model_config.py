@@ -49,7 +49,7 @@ def edit_config_json(folder, **changes):
     ("sizes", "problem"),
     [
         ({"d_model": 30}, "d_model=30 is not divisible by n_heads=4"),
-        ({"d_model": 36}, "head_dim=9 (d_model / n_heads) is odd"),
+        ({"d_model": 36}, "head_dim=9 (d_model / n_heads) must be a multiple of 8 and at most 256"),
         ({"head_dim": 7}, "head_dim=7"),
         ({"n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
         ({"n_kv_heads": 8}, "n_heads=4 is not divisible by n_kv_heads=8"),

@@ -1,22 +1,25 @@
 """The mixture of experts: dispatch against a per-token loop, and a router that learns balance."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from gpu_like import card
 from safetensors.torch import load_file
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 import kernels
-from kernels.experts import can_use_grouped_mm
+from kernels.experts import has_grouped_kernel, multiply_groups, sum_groups
 from models import CustomLLM, CustomLLMConfig, MoE
 
-VOCAB, CPU = 97, torch.device("cpu")
-# Rows of 32 or 48 fp32 numbers are multiples of 16 bytes, rows of 30 or 46 are not.
-GROUPED, ONE_BY_ONE = {"d_model": 32, "moe_d_ff": 48}, {"d_model": 32, "moe_d_ff": 46}
-ODD_INPUT = {"d_model": 30, "moe_d_ff": 48}
-both_paths = pytest.mark.parametrize("sizes", [GROUPED, ONE_BY_ONE], ids=["grouped", "one_by_one"])
+VOCAB = 97
+# Rows of 48 numbers are multiples of 16 bytes, rows of 46 are not.
+EVEN, ODD = {"d_model": 32, "moe_d_ff": 48}, {"d_model": 32, "moe_d_ff": 46}
+both_sizes = pytest.mark.parametrize("sizes", [EVEN, ODD], ids=["even", "odd"])
 
 
 def make_layer(top_k=2, num_experts=4, **sizes):
@@ -62,27 +65,20 @@ def output_and_gradients(function, layer, x):
     return dict(zip(("output", "x", *parameters), (output.detach(), *gradients), strict=True))
 
 
-class RecordGrouped(TorchDispatchMode):
-    """Appends "grouped" to a list at every grouped matrix product."""
+class Calls(TorchDispatchMode):
+    """How often each operator is called."""
 
-    def __init__(self, taken: list):
+    def __init__(self):
         super().__init__()
-        self.taken = taken
+        self.count = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten._grouped_mm.default:
-            self.taken.append("grouped")
+        self.count[function] += 1
         return function(*args, **(kwargs or {}))
 
 
-def recording_backend(taken: list) -> kernels.Backend:
-    """kernels.CPU, which appends "one by one" to a list where an expert runs by itself."""
-
-    def swiglu(*inputs):
-        taken.append("one by one")
-        return kernels.CPU.swiglu(*inputs)
-
-    return replace(kernels.CPU, swiglu=swiglu)
+ALL_EXPERTS = torch.ops.llm.expert_swiglu.default
+NO_EXPERT_BY_ITSELF = replace(kernels.CPU, swiglu=pytest.fail)
 
 
 def tiny_model(**overrides):
@@ -100,74 +96,94 @@ def random_ids(*shape):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("sizes", "path"),
-    [
-        (GROUPED, ["grouped", "grouped"]),
-        (ONE_BY_ONE, ["one by one"] * 4),
-        (ODD_INPUT, ["one by one"] * 4),
-    ],
-    ids=["grouped", "odd_width", "odd_input"],
-)
-def test_dispatch_equals_a_loop_over_tokens_in_value_and_gradients(sizes, path, top_k):
-    layer, taken = make_layer(top_k, **sizes), list[str]()
-    x, backend = make_input(layer), recording_backend(taken)
-    with RecordGrouped(taken):
+@both_sizes
+def test_dispatch_equals_a_loop_over_tokens_in_value_and_gradients(sizes, top_k):
+    layer = make_layer(top_k, **sizes)
+    x, backend = make_input(layer), NO_EXPERT_BY_ITSELF
+    with Calls() as calls:
         actual = output_and_gradients(lambda x: layer(x, None, backend)[0], layer, x)
-    assert taken[: len(path)] == path  # backward has grouped products too
-    assert set(taken) == set(path)
+    assert calls.count[ALL_EXPERTS] == 1
     expected = output_and_gradients(lambda x: one_token_at_a_time(layer, x), layer, x)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-@both_paths
+@both_sizes
 def test_dispatch_under_bf16_autocast_is_close_and_routes_in_fp32(sizes):
-    layer, taken = make_layer(**sizes), list[str]()
-    x, backend = make_input(layer), recording_backend(taken)
+    layer = make_layer(**sizes)
+    x = make_input(layer)
     expected, balance, load = layer(x, None, kernels.CPU)
-    with torch.autocast("cpu", torch.bfloat16), RecordGrouped(taken):
-        output, bf16_balance, bf16_load = layer(x, None, backend)
-    # 46 bf16 numbers are no multiple of 16 bytes either.
-    assert set(taken) == {"grouped" if sizes is GROUPED else "one by one"}
+    with torch.autocast("cpu", torch.bfloat16):
+        output, bf16_balance, bf16_load = layer(x, None, NO_EXPERT_BY_ITSELF)
     assert torch.equal(bf16_load, load)
     assert torch.equal(bf16_balance, balance)
     assert (output - expected).norm() < 2e-2 * expected.norm()
 
 
+class Adapter(nn.Linear):
+    """A layer that is more than its weight, as those of peft."""
+
+    def forward(self, x):
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+def test_experts_with_adapters_are_called_and_not_read():
+    layer, x = make_layer(**EVEN), torch.ones(1, 4, 32)
+    adapter = Adapter(32, 48, bias=False)
+    adapter.weight = layer.experts[2].up_proj.weight
+    layer.experts[2].up_proj = adapter
+    with Calls() as calls:
+        actual = layer(x, None, kernels.CPU)[0]
+    assert calls.count[ALL_EXPERTS] == 0
+    torch.testing.assert_close(actual, one_token_at_a_time(layer, x), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "row_sizes", "runs"),
+    ("capability", "dtype", "row_sizes", "expected"),
     [
-        (torch.float32, (32, 48), True),
-        (torch.float32, (32, 46), False),
-        (torch.float32, (30, 48), False),
-        (torch.float32, (36, 44), True),  # 4 numbers of 4 bytes
-        (torch.bfloat16, (36, 44), False),  # 8 numbers of 2 bytes
-        (torch.bfloat16, (32, 48), True),
+        ((9, 0), torch.bfloat16, (32, 48), True),
+        ((10, 0), torch.bfloat16, (32, 48), True),
+        ((9, 0), torch.bfloat16, (36, 44), False),  # 8 numbers are 16 bytes
+        ((9, 0), torch.float16, (32, 48), False),  # torch's kernel takes bf16 alone
+        ((8, 6), torch.bfloat16, (32, 48), False),  # a loop that waits for each product
+        ((12, 0), torch.bfloat16, (32, 48), False),
     ],
     ids=str,
 )
-def test_grouped_product_needs_rows_of_16_bytes(dtype, row_sizes, runs):
-    assert can_use_grouped_mm(CPU, dtype, *row_sizes) is runs
+def test_the_grouped_product_is_called_only_where_it_has_a_kernel(
+    capability, dtype, row_sizes, expected
+):
+    with card(capability):
+        assert has_grouped_kernel(torch.device("cuda"), dtype, *row_sizes) is expected
+    assert not has_grouped_kernel(torch.device("cpu"), torch.bfloat16, 32, 48)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_products_one_after_the_other_equal_torchs_grouped_product(dtype):
+    counts = torch.tensor([5, 0, 9, 4])
+    rows, matrices = torch.randn(18, 16).to(dtype), torch.randn(4, 16, 32).to(dtype)
+    ends = counts.cumsum(0).to(torch.int32)
+    grouped = F.grouped_mm(rows, matrices, offs=ends)
+    torch.testing.assert_close(multiply_groups(rows, matrices, counts), grouped)
+    right = torch.randn(18, 32).to(dtype)
+    grouped = F.grouped_mm(rows.T, right, offs=ends)
+    torch.testing.assert_close(sum_groups(rows, right, counts), grouped)
 
 
 @pytest.mark.slow  # it compiles
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_compiled_layer_equals_the_eager_one_and_never_waits_for_the_counts(dtype):
+def test_compiled_layer_equals_the_eager_one_and_is_one_graph(dtype):
     torch._dynamo.reset()
-    backend = replace(kernels.CPU, swiglu=pytest.fail)  # no expert runs by itself
-    layer = make_layer(**GROUPED)
-    x = make_input(layer)
-    compiled = torch.compile(layer, backend="aot_eager")
+    layer = make_layer(**EVEN)
+    x, backend = make_input(layer), NO_EXPERT_BY_ITSELF
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         expected = output_and_gradients(lambda x: layer(x, None, backend)[0], layer, x)
         actual = output_and_gradients(lambda x: compiled(x, None, backend)[0], layer, x)
-        breaks = torch._dynamo.explain(layer)(x, None, backend).graph_break_count
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-    assert (breaks == 0) == (dtype == torch.bfloat16)  # other dtypes run between two graphs
 
 
-@both_paths
+@both_sizes
 def test_expert_without_tokens_gets_zero_gradient_and_nothing_is_nan(sizes):
     layer = make_layer(**sizes)
     x = make_input(layer).detach().abs().requires_grad_()
@@ -188,7 +204,8 @@ def test_expert_without_tokens_gets_zero_gradient_and_nothing_is_nan(sizes):
 
 def balance_and_load(router, tokens, mask=None, top_k=1):
     """Of a layer with this router weight, fed these tokens (batch, seq, d_model)."""
-    layer = make_layer(top_k, d_model=router.shape[1], moe_d_ff=8, num_experts=len(router))
+    sizes = {"d_model": router.shape[1], "head_dim": 8, "moe_d_ff": 8}
+    layer = make_layer(top_k, num_experts=len(router), **sizes)
     return router_with(layer, router)(tokens, mask, kernels.CPU)[1:]
 
 
@@ -209,7 +226,7 @@ def test_balancing_loss_is_1_when_uniform_and_the_number_of_experts_when_collaps
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_balancing_loss_is_that_of_qwen3_moe_per_choice(padded):
-    layer = make_layer(top_k=3, num_experts=6, **GROUPED)
+    layer = make_layer(top_k=3, num_experts=6, **EVEN)
     x = make_input(layer)
     mask = torch.ones(2, 9, dtype=torch.bool)
     mask[1, 4:] = not padded
@@ -220,7 +237,7 @@ def test_balancing_loss_is_that_of_qwen3_moe_per_choice(padded):
 
 
 def test_balancing_loss_and_load_are_blind_to_what_padding_holds():
-    layer = make_layer(**GROUPED)
+    layer = make_layer(**EVEN)
     x, mask = make_input(layer).detach(), torch.ones(2, 9, dtype=torch.bool)
     mask[0, 6:] = mask[1, :2] = False
     other = torch.where(mask[..., None], x, -7 * x.roll(1, -1))

@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_model
+from tiny import sentences, tiny_model
 from transformers import AutoModelForCausalLM
 
 import evaluate
+from engine.model_folder import fast_inference, open_model_folder
 from evaluate import (
     Question,
     bits_per_byte,
@@ -21,7 +22,7 @@ from evaluate import (
     wilson_interval,
     window_log_probs,
 )
-from models import CustomLLM
+from models import CustomLLM, CustomLLMConfig
 from tokenizer import create_tokenizer, encode_plain
 
 QUESTIONS = "id,question,A,B,C,D,answer\n0,天？,地,玄,黄,宇,B\n1,洪？,荒,日,月,盈,D\n"
@@ -196,3 +197,27 @@ def test_a_file_without_questions_is_one_clear_error(tmp_path, name, content, me
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape(name + message)):
         read_questions(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
+def test_in_16_bits_bits_per_byte_are_those_of_fp32(base_model, tokenizer, dtype, use_moe):
+    texts = sentences(60, seed=3)
+    model, tokenizer = open_model_folder(base_model)
+    if use_moe:
+        torch.manual_seed(0)
+        shape = {"vocab_size": model.config.vocab_size, "d_model": 64, "use_moe": True}
+        model = CustomLLM(CustomLLMConfig(**shape, n_layers=2, n_heads=2, d_ff=64))
+    exact = bits_per_byte(model, tokenizer, texts, 32, 16)["bits_per_byte"]
+    with fast_inference(model):
+        assert bits_per_byte(model, tokenizer, texts, 32, 16)["bits_per_byte"] == exact, "on a CPU"
+    with fast_inference(model, dtype):
+        fast = bits_per_byte(model, tokenizer, texts, 32, 16)["bits_per_byte"]
+    assert fast != exact
+    assert fast == pytest.approx(exact, abs=1e-3)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, found in dtypes.items():
+        is_matrix = (
+            ".layers." in name and "norm" not in name and not name.endswith("mlp.gate.weight")
+        )
+        assert found == (dtype if is_matrix else torch.float32), name

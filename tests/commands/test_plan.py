@@ -1,12 +1,16 @@
 import sys
+from dataclasses import replace
 
+import gpu_like  # noqa: F401 - gives the varlen kernel a CPU, for real steps
 import pytest
 import torch
 from tiny import tiny_model, write_jsonl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import plan
-from engine.memory import LEVELS, largest_batch, on_card
+from engine import cards
+from engine.memory import LEVELS, PLANNED_GPU, PeakBytes, largest_batch, on_card
 from models import CustomLLMConfig
 from plan import DPO, PRETRAIN, SFT, count_characters, count_step, read_config
 
@@ -40,6 +44,33 @@ def test_the_planned_peak_is_that_of_a_real_step_to_the_byte(stage, level, chang
     assert planned["total"] > 4 * planned["param"] / 2
 
 
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_what_the_varlen_kernels_backward_takes_for_itself_is_counted(kv_heads):
+    tokens, documents, heads, head_dim = 256, 3, 8, 64
+
+    def peak(backend: kernels.Backend) -> int:
+        with FakeTensorMode():
+            shapes = [(1, n, tokens, head_dim) for n in (heads, kv_heads, kv_heads)]
+            q, k, v = (torch.empty(s, dtype=torch.float16, requires_grad=True) for s in shapes)
+            bounds = torch.empty(documents + 1, dtype=torch.int32)
+            with PeakBytes(q, k, v) as memory:
+                backend.attend(q, k, v, bounds, 0.0).sum().backward()
+        return memory.peak
+
+    buffer = 4 * (tokens + 128 * documents) * heads * head_dim  # the queries' gradient in fp32
+    if kv_heads < heads:  # gradients of keys and values, for each query's head
+        buffer += 2 * 2 * tokens * heads * head_dim
+    assert peak(PLANNED_GPU) - peak(kernels.CUDA) == buffer
+
+
+def test_what_the_experts_operators_take_for_themselves_is_counted():
+    stage, config, shape = settings(PRETRAIN, use_moe=True)
+    step = count_step(stage, config, shape)
+    counted = step.peak_of_backward(8, False)
+    step.model.backend = replace(PLANNED_GPU, run_experts=kernels.CUDA.run_experts)
+    assert counted > step.peak_of_backward(8, False)
+
+
 @pytest.mark.slow
 def test_the_largest_batch_fits_and_a_twentieth_more_does_not():
     memory = count_step(*settings(PRETRAIN))
@@ -56,7 +87,7 @@ def test_planning_a_gpu_leaves_every_other_model_as_it_was():
     before = model(ids, labels=ids).loss.detach()
     step = count_step(*settings(PRETRAIN))
     step.peak(2, "full")
-    assert step.model.backend is kernels.CUDA
+    assert step.model.backend is PLANNED_GPU
     assert model.backend is tiny_model().backend is kernels.CPU
     assert torch.equal(model(ids, labels=ids).loss.detach(), before)
 
@@ -86,6 +117,7 @@ def test_the_command_prints_a_plan_for_a_changed_key(monkeypatch, capsys, tmp_pa
         "Peak of tensors: ",
         "; fits 24 GiB",
         "Largest batch_size",
+        "tokens/s on an RTX 3090 at 24% to 50%",
         "Time: ",
     ):
         assert part in printed
@@ -99,6 +131,15 @@ def test_the_command_prints_a_plan_for_a_changed_key(monkeypatch, capsys, tmp_pa
         ("train_llm.py --batchsize 3", "error: wandb_config: unknown key 'batchsize'"),
         ("sft_train.py --init_from nowhere", "error: "),
         ("train_llm.py --d_model 63", "error: Impossible model configuration"),
+        ("--card 4091", "error: --card 4091: unknown card; expected one of RTX 3060, .*, H200"),
+        ("dpo_train.py --card=3080Laptop", "error: --card 3080Laptop: unknown card"),
+        ("--card", "error: argument --card: expected one argument"),
+        ("--gib", "error: argument --gib: expected one argument"),
+        ("--gib much", "error: --gib much: expected a number above 0 and at most 1024"),
+        ("--gib nan", "error: --gib nan: expected a number"),
+        ("--gib 0", "error: --gib 0: expected a number"),
+        ("--gib -8", "error: --gib -8: expected a number"),
+        ("train_llm.py --gib=inf", "error: --gib inf: expected a number"),
     ],
 )
 def test_a_wrong_word_is_one_line(monkeypatch, capsys, words, message):
@@ -106,3 +147,66 @@ def test_a_wrong_word_is_one_line(monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit, match=message):
         plan.main()
     assert capsys.readouterr().out == ""  # nothing was planned before
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "gib"),
+    [
+        ("dpo_train.py --batch_size 3", "RTX 3090", 24),
+        ("--card 4090 dpo_train.py --batch_size 3", "RTX 4090", 24),
+        ("dpo_train.py --card=5090 --batch_size 3", "RTX 5090", 32),
+        ("dpo_train.py --batch_size 3 --gib 16 --card 4060ti", "RTX 4060 Ti", 16),
+        ("--gib=22.5 dpo_train.py --batch_size 3", "RTX 3090", 22.5),
+    ],
+)
+def test_card_and_gib_may_stand_anywhere(monkeypatch, words, name, gib):
+    called = []
+    monkeypatch.setattr(plan, "plan", lambda *arguments: called.append(arguments) or [])
+    monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
+    plan.main()
+    [(stage, card, others)] = called
+    assert (stage, card.name, card.gib) == (DPO, name, gib)
+    assert others == ["--batch_size", "3"]
+
+
+def planned_speeds(card: cards.Card) -> tuple[list[float], str]:
+    """The two speeds of a plan, and its first line about hours."""
+    config = {"dataset": "hub/name"}  # not on this machine: no corpus is counted
+    line = plan.describe_hours(PRETRAIN, config, tiny_model(), card)[0]
+    words = line.replace(",", "").split()
+    return [float(words[1]), float(words[3])], line
+
+
+def test_the_speed_is_in_proportion_to_the_peak_of_the_card():
+    known = {card.name: card for card in cards.CARDS}
+    slow, _ = planned_speeds(known["RTX 3090"])
+    fast, line = planned_speeds(known["RTX 4090"])
+    assert fast == pytest.approx([speed * 165.2 / 71 for speed in slow], rel=1e-3)
+    assert "on an RTX 4090 at 24% to 50%" in line
+    assert " on a T4 at " in planned_speeds(known["T4"])[1]
+    assert " on an H100 at " in planned_speeds(known["H100"])[1]
+
+
+class TwentyGib:
+    """A step with a peak of 20 GiB."""
+
+    def peak(self, batch_size, level):
+        return {"total": 20 * 2**30}
+
+
+@pytest.mark.parametrize(
+    ("gib", "verdict"), [(24.0, "fits 24 GiB"), (22.5, "DOES NOT FIT 22.5 GiB")]
+)
+def test_the_memory_is_that_of_the_card(monkeypatch, gib, verdict):
+    monkeypatch.setattr(plan.memory, "largest_batches", lambda step, size: {False: size * 10})
+    config = {"batch_size": 1, "gradient_checkpointing": False}
+    lines = plan.describe_memory(TwentyGib(), config, cards.CARDS[0]._replace(gib=gib))
+    assert f"23.00 GiB; {verdict}" in lines[1]
+    assert f"False: {gib * 10}" in lines[2]
+
+
+def test_help_tells_of_both_options(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--card", "4091", "--help"])
+    plan.main()
+    printed = capsys.readouterr().out
+    assert "--card 4090" in printed and "--gib 16" in printed

@@ -1,12 +1,19 @@
+import contextlib
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from tiny import cpu_runtime, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from corpus.packing import PackedCollator
+from engine import preference
 from engine.evaluation import sample, validate
+from engine.runtime import Runtime
 from models import CustomLLM
 
 PROMPTS = ["天地", "user"]
@@ -85,3 +92,66 @@ def test_a_sample_is_the_continuation_alone_and_no_longer_than_asked(speaker, to
 def test_a_ruined_model_gives_samples_all_the_same(speaker, tokenizer):
     torch.nn.init.constant_(speaker.lm_head.weight, float("nan"))
     assert len(sample(speaker, tokenizer, PROMPTS, cpu_runtime())) == 2
+
+
+class Dtypes(TorchDispatchMode):
+    """Collects the dtypes of all tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.seen |= {x.dtype for x in tree_leaves(output) if isinstance(x, torch.Tensor)}
+        return output
+
+
+class OnMps(Runtime):
+    """Its tensors are the CPU's: no Apple is here."""
+
+    def to_device(self, batch: dict) -> dict:
+        return batch
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu"])
+def test_validation_makes_no_fp64_on_apples_gpu_which_has_none(monkeypatch, device):
+    make_zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **o: make_zeros(*size, **o))
+    rt = OnMps(torch.device(device), None, cpu_runtime().scaler)
+    with Dtypes() as dtypes:
+        validate(tiny_model(), batches(), 1, rt)
+    assert torch.float32 in dtypes.seen
+    assert (torch.float64 in dtypes.seen) == (device == "cpu")
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu"])
+def test_sums_over_pairs_are_fp64_only_where_the_device_has_it(device):
+    asked = []
+
+    class Placed(torch.Tensor):
+        """It says that it is elsewhere, and notes where others are sent."""
+
+        @property
+        def device(self):
+            return torch.device(device)
+
+        def to(self, *target):
+            asked.append(target)
+            return self
+
+    pairs = {name: torch.zeros(2, 2).as_subclass(Placed) for name in ("reference_logps",)}
+    pairs |= {"answer_lengths": torch.ones(4), "chosen_bytes": torch.ones(2)}
+    pairs = {name: value.as_subclass(Placed) for name, value in pairs.items()}
+    zeros, logps = torch.zeros(2).as_subclass(Placed), torch.zeros(4).as_subclass(Placed)
+    with contextlib.suppress(RuntimeError):  # the last sum is a number of the host's
+        preference.pair_sums(zeros, zeros, zeros, logps, pairs)
+    wide = torch.float64 if device == "cpu" else torch.float32
+    assert {dtype for _, dtype in asked} == {wide}
+
+
+def test_nothing_else_asks_for_fp64():
+    # evaluate.py does, for results that are on the CPU by then.
+    sources = [*ROOT.glob("engine/*.py"), *ROOT.glob("kernels/*.py"), ROOT / "models.py"]
+    wanted = [p.name for p in sources if re.search(r"float64|\.double\(\)", p.read_text("utf-8"))]
+    assert wanted == ["runtime.py"], "in sum_dtype"

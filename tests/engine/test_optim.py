@@ -1,10 +1,12 @@
 import pytest
 import torch
+from gpu_like import card
 from tiny import CPU, cpu_runtime, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import optim
-from engine.runtime import Runtime
+from engine.runtime import Runtime, fast_dtype, has_native_bf16, make_runtime
 
 CONFIG = {"optimizer": "adamw", "learning_rate": 1e-3, "muon_learning_rate": 2e-2}
 CONFIG |= {"weight_decay": 0.1, "warmup_ratio": 0.1, "min_lr_ratio": 0.2}
@@ -143,30 +145,107 @@ def test_of_two_optimizers_none_steps_where_the_gradients_of_one_overflow(overfl
     assert [weight.tolist() for weight in weights] == [[0, 0], [0, 0]], "and the next step counts"
 
 
-@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
-def test_muon_in_fp32_follows_torchs_muon_as_far_as_bf16_rounds(shape):
-    start = torch.randn(shape, generator=torch.manual_seed(0))
-    weights = {}
-    for name, kind in (("torch", torch.optim.Muon), ("fp32", optim.MuonInFp32)):
-        weight = torch.nn.Parameter(start.clone())
-        optimizer = kind([weight], lr=0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        for step in range(5):
-            weight.grad = torch.randn(shape, generator=torch.manual_seed(step + 1))
-            optimizer.step()
-        weights[name] = weight.detach()
-        assert optimizer.state[weight].keys() == {"momentum_buffer"}
-    moved = (weights["torch"] - start).norm()
-    assert 0 < (weights["fp32"] - weights["torch"]).norm() < 0.02 * moved
+SHAPES = [(8, 24), (16, 16), (8, 24), (24, 8), (16, 16), (8, 24)]
+
+
+def weights_after(kind, steps: int, **options) -> list[torch.Tensor]:
+    """Six matrices of three shapes after some steps of an optimizer on random gradients."""
+    generator = torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    options |= {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizer = kind(weights, **options)
+    for _ in range(steps):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+        assert all(optimizer.state[weight].keys() == {"momentum_buffer"} for weight in weights)
+    return [weight.detach() for weight in weights]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.bfloat16, 1e-3), (torch.float16, 1e-2), (torch.float32, 1e-2)],  # torch's is bf16
+    ids=str,
+)
+def test_muon_in_stacks_follows_torchs_muon_as_far_as_its_products_round(dtype, tolerance):
+    mine = weights_after(optim.BatchedMuon, 20, product_dtype=dtype)
+    start = weights_after(torch.optim.Muon, 0)
+    for ours, other, before in zip(mine, weights_after(torch.optim.Muon, 20), start, strict=True):
+        assert (ours - other).norm() < tolerance * other.norm()
+        assert (other - before).norm() > 10 * tolerance * other.norm(), "it did move"
 
 
 def test_orthogonalizing_brings_singular_values_near_one():
-    matrix = torch.randn(32, 80, generator=torch.manual_seed(0))
-    values = torch.linalg.svdvals(optim.orthogonalize(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7))
-    assert 0.6 < values.min() <= values.max() < 1.3
+    for shape in ((3, 32, 80), (3, 80, 32)):
+        stack = torch.randn(shape, generator=torch.manual_seed(0))
+        coefficients = (3.4445, -4.775, 2.0315)
+        values = torch.linalg.svdvals(optim.orthogonalize(stack, coefficients, 5, 1e-7))
+        assert 0.6 < values.min() <= values.max() < 1.3
 
 
-@pytest.mark.parametrize("emulates_bf16", [False, True])
-def test_muons_products_run_in_fp32_where_bf16_is_emulated(emulates_bf16):
-    config = {"optimizer": "muon", "learning_rate": 1e-3, "muon_learning_rate": 1e-2}
-    _, muon = optim.build(tiny_model(), config | {"weight_decay": 0.1}, emulates_bf16)
-    assert isinstance(muon, optim.MuonInFp32) is emulates_bf16
+def test_a_stack_holds_one_shape_and_no_more_than_its_share_of_memory():
+    shapes = [(4096, 4096)] * 5 + [(64, 64)] * 3 + [(4096, 4096), (2**14, 2**13)]
+    parameters = [torch.empty(shape, device="meta") for shape in shapes]
+    stacks = list(optim.stacks(parameters))
+    assert [len(stack) for stack in stacks] == [2, 2, 2, 3, 1]
+    assert all(len({p.shape for p in stack}) == 1 for stack in stacks)
+    assert {id(p) for stack in stacks for p in stack} == {id(p) for p in parameters}
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 6)])
+def test_muons_products_take_the_fast_dtype_of_the_device(capability):
+    cuda = torch.device("cuda")
+    with card(capability):
+        fast = fast_dtype(cuda)
+    assert fast is {(7, 5): torch.float16, (8, 6): torch.bfloat16}[capability]
+    _, muon = optim.build(tiny_model(), MUON, product_dtype=fast)
+    assert muon.product_dtype is fast
+    _, muon = optim.build(tiny_model(), MUON)
+    native = has_native_bf16(CPU)
+    assert muon.product_dtype is (torch.bfloat16 if native else torch.float32)
+
+
+class CountOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def with_gradients(model):
+    for parameter in model.parameters():
+        generator = torch.manual_seed(parameter.numel())
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_step_of_muon_for_six_layers_is_at_most_300_operators(dtype):
+    model, rt = with_gradients(tiny_model(n_layers=6, n_kv_heads=1)), cpu_runtime(dtype)
+    optimizers = optim.build(model, MUON)
+    for _ in range(2):  # the first one makes the optimizers' state
+        rt.scaler.scale(torch.ones(()))
+        with CountOperators() as operators:
+            optim.step(with_gradients(model), optimizers, rt, 1.0)
+    assert operators.count <= 300
+
+
+def test_an_overflow_leaves_weights_and_state_of_both_optimizers_as_they_were():
+    def run(overflows: bool) -> list:
+        model, rt = tiny_model(), cpu_runtime(torch.float16)
+        optimizers = optim.build(model, MUON)
+        for step in range(3):
+            rt.scaler.scale(torch.ones(()))
+            with_gradients(model)
+            if step == 1:
+                if not overflows:
+                    continue
+                model.model.layers[0].mlp.up_proj.weight.grad[0, 0] = float("inf")
+            optim.step(model, optimizers, rt, 0)
+            rt.scaler.load_state_dict(make_runtime(torch.float16, CPU).scaler.state_dict())
+        return [model.state_dict(), [optimizer.state_dict()["state"] for optimizer in optimizers]]
+
+    torch.testing.assert_close(run(overflows=True), run(overflows=False), atol=0, rtol=0)

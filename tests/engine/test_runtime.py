@@ -1,27 +1,36 @@
+import contextlib
 import random
 import signal
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from gpu_like import card
 from tiny import CPU, cpu_runtime, tiny_model
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
+import dpo_train
+import kernels
+import sft_train
+import train_llm
+from engine import settings
 from engine.runtime import (
     StopSignal,
     check_launcher,
     choose_dtype,
     compile_blocks,
+    fast_dtype,
     has_native_bf16,
     make_runtime,
     start,
 )
 
-CUDA = torch.device("cuda")
+CUDA, MPS = torch.device("cuda"), torch.device("mps")
 without_accelerator = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="about a machine with a CPU alone"
 )
@@ -41,11 +50,9 @@ without_accelerator = pytest.mark.skipif(
         ("no", CPU, None),
     ],
 )
-def test_a_precision_is_what_its_name_says(
-    monkeypatch, mixed_precision, device, expected, native_bf16
-):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert choose_dtype(mixed_precision, device, native_bf16) is expected
+def test_a_precision_is_what_its_name_says(mixed_precision, device, expected, native_bf16):
+    if (mixed_precision, device, native_bf16) != ("bf16", CUDA, False):
+        assert choose_dtype(mixed_precision, device, native_bf16) is expected
 
 
 def test_fp16_on_a_cpu_is_bf16_where_the_cpu_computes_in_it_and_otherwise_fp32():
@@ -60,7 +67,7 @@ def test_fp16_on_a_cpu_says_what_it_takes_instead(capsys):
     assert capsys.readouterr().out == (
         f"mixed_precision fp16 is emulated on a cpu, and slow: using {name} here.\n"
     )
-    assert rt.dtype is choose_dtype("fp16", CPU, has_native_bf16())
+    assert rt.dtype is choose_dtype("fp16", CPU, has_native_bf16(CPU))
     assert not rt.scaler.is_enabled()
 
 
@@ -73,10 +80,22 @@ def test_a_run_alone_on_a_cpu_starts_without_a_word(capsys, mixed_precision, dty
     assert capsys.readouterr().out == ""
 
 
-def test_bf16_on_a_gpu_without_it_is_refused_with_what_to_set(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
-    with pytest.raises(ValueError, match='This GPU has no bf16: set mixed_precision to "fp16"'):
-        choose_dtype("bf16", CUDA, native_bf16=True)
+@pytest.mark.parametrize(("capability", "native"), [((7, 5), False), ((8, 6), True)])
+def test_bf16_that_a_gpu_emulates_is_refused_with_what_to_set(capability, native):
+    with card(capability):
+        assert has_native_bf16(CUDA) is native
+        assert torch.cuda.is_bf16_supported(), "torch counts what is emulated"
+    message = 'This GPU has no bf16: set mixed_precision to "fp16"'
+    with pytest.raises(ValueError, match=message) if not native else contextlib.nullcontext():
+        choose_dtype("bf16", CUDA, native)
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_on_apples_gpu_its_own_abilities_decide(monkeypatch, is_new):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: is_new)
+    assert has_native_bf16(MPS) is is_new
+    assert choose_dtype("fp16", MPS, has_native_bf16(MPS)) is (torch.bfloat16 if is_new else None)
+    assert fast_dtype(MPS) is (torch.bfloat16 if is_new else torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -216,14 +235,35 @@ def launched(kind: str, **plugin):
     )
 
 
+def compiles(torch_compile, device: torch.device) -> bool:
+    """Whether compile_blocks compiles each block and, on a GPU, the loss."""
+    model, rt = tiny_model(), make_runtime(None, device)
+    model.backend = backend = kernels.for_device(device)
+    compile_blocks(model, torch_compile, rt)
+    answers = {block._compiled_call_impl is not None for block in model.model.layers}
+    assert len(answers) == 1
+    changes_loss = model.backend.cross_entropy is not backend.cross_entropy
+    assert changes_loss == (answers == {True} and device == CUDA)
+    return answers.pop()
+
+
 @pytest.mark.parametrize(
     ("torch_compile", "device", "expected"),
     [("auto", CPU, False), ("auto", CUDA, True), (True, CPU, True), (False, CUDA, False)],
 )
-def test_auto_compiles_on_cuda_only(torch_compile, device, expected):
-    model = tiny_model()
-    compile_blocks(model, torch_compile, device)
-    assert all((block._compiled_call_impl is not None) == expected for block in model.model.layers)
+def test_auto_compiles_on_cuda_only(monkeypatch, torch_compile, device, expected):
+    # A compiler that works, and a device for what it is tried on.
+    monkeypatch.setattr(torch, "compile", lambda function, **options: partial(function))
+    monkeypatch.setattr(torch, "ones", lambda *size, device=None: torch.zeros(*size))
+    assert compiles(torch_compile, device) is expected
+
+
+def test_auto_goes_on_without_a_compiler_and_says_why(capsys):
+    # There is no CUDA device here: the trial fails, as without Triton or a C compiler.
+    assert not compiles("auto", CUDA)
+    out = capsys.readouterr().out
+    assert out.startswith('torch_compile "auto": training without it, because it fails here: ')
+    assert len(out) > 90
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -242,3 +282,30 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
         assert stop.received == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+# --- a card that torch cannot use -------------------------------------------------------------
+
+
+@without_accelerator
+def test_a_card_that_torch_cannot_use_ends_a_run_and_device_cpu_goes_on(tmp_path, monkeypatch):
+    # The driver's own program says that there is a card.
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 535.183.01\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(
+        ValueError, match=r"driver 535\.183\.01 .*pip install torch==.*--device cpu"
+    ):
+        start("fp16", seed=1)
+    assert start("no", seed=1, device_choice="cpu").device == CPU
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft", "dpo"])
+def test_every_stage_takes_the_cpu_when_told_to(stage):
+    script = {"pretrain": train_llm, "sft": sft_train, "dpo": dpo_train}[stage]
+    assert script.wandb_config["device"] == "auto"
+    assert settings.resolve(script.DEFAULTS, {"device": "cpu"})["device"] == "cpu"
+    with pytest.raises(ValueError, match="device='gpu' must be one of 'auto', 'cpu'"):
+        settings.resolve(script.DEFAULTS, {"device": "gpu"})

@@ -1,17 +1,23 @@
 """Attention: packed rows by document bounds equal packed rows by mask; which kernel runs."""
 
+import contextlib
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from gpu_like import card
 from tiny import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from corpus.packing import PackedCollator
+from dpo_data import PairCollator
 from engine.memory import checkpoint_activations
+from engine.preference import AnswerScorer
 from kernels.attention import ATTENTION_KERNELS
 from models import CustomLLM, build_attention_mask
 
@@ -32,6 +38,12 @@ def packed_batch() -> dict:
         {"input_ids": list(range(20, 32)), "position_ids": list(range(12))},
     ]
     return PackedCollator(LENGTH, pad_token_id=0)(rows)
+
+
+def some_pairs() -> dict:
+    """Two rows of one pair each."""
+    parts = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6, 7, 8]}
+    return PairCollator(0, LENGTH, multiple=8)([parts, parts])
 
 
 @pytest.mark.parametrize("use_moe", [False, True], ids=["dense", "moe"])
@@ -109,6 +121,7 @@ def test_dropout_takes_weights_of_attention_away_and_scales_the_rest(masked, bac
     q = torch.zeros(1, 1, 64, 64)  # every key that a query sees weighs the same
     mask = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril() if masked else None
     torch.manual_seed(0)
+    mask = kernels.additive_mask(mask, q)
     weights = backend.attend(q, q, torch.eye(64)[None, None], mask, 0.25)[0, 0]  # (query, key)
     relative = weights * torch.arange(1, 65)[:, None]
     seen = relative[torch.ones(64, 64, dtype=torch.bool).tril()]
@@ -119,27 +132,86 @@ def test_dropout_takes_weights_of_attention_away_and_scales_the_rest(masked, bac
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "dropout", "capability", "expected"),
+    ("dtype", "dropout", "capability", "flash", "expected"),
     [
-        ("cuda", torch.float16, 0.0, (8, 6), True),
-        ("cuda", torch.bfloat16, 0.0, (9, 0), True),
-        ("cuda", torch.float32, 0.0, (8, 6), False),
-        ("cuda", torch.float16, 0.1, (8, 6), False),  # the kernel has no dropout
-        ("cuda", torch.float16, 0.0, (7, 5), False),  # flash attention needs Ampere
+        (torch.float16, 0.0, (8, 6), True, True),
+        (torch.bfloat16, 0.0, (9, 0), True, True),
+        (torch.float32, 0.0, (8, 6), True, False),
+        (torch.float16, 0.1, (8, 6), True, False),  # the kernel has no dropout
+        (torch.float16, 0.0, (7, 5), True, False),  # flash attention needs Ampere
+        (torch.float16, 0.0, (8, 6), False, False),  # Windows: torch is built without it
     ],
 )
 def test_the_varlen_kernel_is_chosen_where_it_runs(
-    monkeypatch, device, dtype, dropout, capability, expected
+    monkeypatch, dtype, dropout, capability, flash, expected
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert kernels.CUDA.can_attend_by_document(weight, dropout) is expected
-    weight.dtype = torch.float32
-    assert not kernels.CUDA.can_attend_by_document(weight, dropout)
-    # torch.autocast("cuda") turns itself off where there is no GPU.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: dtype)
-    assert kernels.CUDA.can_attend_by_document(weight, dropout) is expected
+    weight = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+    can = kernels.CUDA.can_attend_by_document
+    with card(capability, flash=flash):
+        assert can(weight, dropout) is expected
+        weight.dtype = torch.float32
+        assert not can(weight, dropout)
+        # torch.autocast("cuda") turns itself off where there is no GPU.
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: dtype)
+        assert can(weight, dropout) is expected
+
+
+class RecordSdpa(TorchFunctionMode):
+    """What SDPA is asked for: whether keys are shared among queries, and the mask's dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            q, k, _ = args
+            mask = kwargs["attn_mask"]
+            shares = q.shape[1] != k.shape[1] or kwargs["enable_gqa"]
+            self.asked.append((shares, None if mask is None else mask.dtype))
+        return function(*args, **kwargs)
+
+
+def test_only_a_flash_kernel_is_asked_to_share_keys_among_queries():
+    # The memory-efficient kernel of CUDA cannot, and SDPA falls to its unfused form.
+    model, batch = grouped_model(), packed_batch()
+    model.backend = kernels.CUDA
+    with RecordSdpa() as sdpa:
+        model(**batch)
+        model(batch["input_ids"])
+    layers = model.config.n_layers
+    assert sdpa.asked == [(False, torch.float32)] * layers + [(False, None)] * layers
+    with card((8, 6)), RecordSdpa() as sdpa, contextlib.suppress(AssertionError, RuntimeError):
+        q, k = torch.ones(1, 4, 8, 16, device="meta"), torch.ones(1, 2, 8, 16, device="meta")
+        kernels.CUDA.attend(OnCuda(q.half()), OnCuda(k.half()), OnCuda(k.half()), None, 0.0)
+    assert sdpa.asked == [(True, None)]
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says that it is on a CUDA device."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_a_mask_is_made_once_for_all_layers_in_the_dtype_of_the_queries():
+    model, batch, masks = grouped_model(n_layers=4), some_pairs(), {}
+    rows, length = batch["input_ids"].shape
+    model.backend, size = kernels.CUDA, rows * length * length * 2  # bytes; no head has its own
+
+    def pack(tensor):
+        if tensor.shape[-2:] == (length, length) and tensor.untyped_storage().nbytes() == size:
+            masks[tensor.untyped_storage().data_ptr()] = tensor.dtype
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, RecordSdpa() as sdpa, torch.autocast("cpu", torch.bfloat16):
+        AnswerScorer(model)(**batch)
+    assert sdpa.asked == [(False, torch.bfloat16)] * 4
+    assert list(masks.values()) == [torch.bfloat16]
 
 
 def test_the_varlen_kernel_is_not_chosen_on_other_devices_than_cuda():

@@ -70,7 +70,8 @@ def attend_by_mask(backend, q, k, v):
     """A mask of the caller's, such as DPO's: every third token is hidden from the others."""
     query, key = torch.arange(SEQ, device=q.device)[:, None], torch.arange(SEQ, device=q.device)
     mask = (key <= query) & ((key % 3 != 1) | (key == query))  # (seq, seq)
-    return backend.attend(q, k, v, mask.expand(ROWS, 1, SEQ, SEQ), 0.0)
+    mask = kernels.additive_mask(mask.expand(ROWS, 1, SEQ, SEQ), q)
+    return backend.attend(q, k, v, mask, 0.0)
 
 
 def attend_by_document(backend, q, k, v):
@@ -78,7 +79,7 @@ def attend_by_document(backend, q, k, v):
     mask = torch.tensor([0, 4, 9, 10, 18], dtype=torch.int32, device=q.device)
     if not backend.can_attend_by_document(q, 0.0):
         positions = torch.tensor([[*range(4), *range(5)], [0, *range(8)]], device=q.device)
-        mask = build_attention_mask(positions, None, positions, past=0)
+        mask = kernels.additive_mask(build_attention_mask(positions, None, positions, past=0), q)
     return backend.attend(q, k, v, mask, 0.0)
 
 
@@ -327,7 +328,8 @@ class CountProducts(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += function is torch.ops.aten.mm.default
+        products = (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        self.count += function in products
         return function(*args, **(kwargs or {}))
 
 

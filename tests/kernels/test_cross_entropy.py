@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import kernels
 from kernels.cross_entropy import (
     CPU_CHUNKS,
     GPU_CHUNKS,
@@ -186,3 +187,60 @@ def test_chunk_shrinks_as_the_vocabulary_grows_to_a_floor(chunks):
     assert chunks.tokens(1000) == chunks.logits // 1000
     assert chunks.tokens(10**9) == chunks.least_tokens
     assert AS_ON_CPU.tokens(VOCAB) == AS_ON_GPU.tokens(VOCAB) == CHUNK
+
+
+def test_the_heads_gradient_may_be_beyond_what_fp16_holds():
+    # Every token wants the same target, and each hidden value is 14: the sum over the tokens is
+    # 5,242 * 14 = 73,388 in the row of the target.
+    hidden = torch.full((5242, 8), 14.0, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(64, 8, requires_grad=True)
+    targets = torch.zeros(5242, dtype=torch.long)
+    with torch.autocast("cpu", torch.float16):
+        chunked_cross_entropy(hidden, weight, targets, GPU_CHUNKS).backward()
+    expected = torch.full((8,), -5242 * 14 * 63 / 64)
+    torch.testing.assert_close(weight.grad[0], expected, rtol=1e-3, atol=0)
+
+
+def test_backward_makes_no_second_gradient_of_the_head():
+    inputs = *make_inputs(ignored=0.0), AS_ON_GPU
+    loss = chunked_cross_entropy(*inputs)
+    with LargestNew() as new:
+        loss.backward(torch.tensor(3.0))
+    assert new.bytes < inputs[1].numel() * 4
+
+
+def test_a_loss_is_differentiated_once():
+    inputs = *make_inputs(ignored=0.0), AS_ON_GPU
+    loss = chunked_cross_entropy(*inputs)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated already: compute it again"):
+        loss.backward()
+
+
+class LargestNew(TorchDispatchMode):
+    """The bytes of the largest tensor that an operator makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves(args) if torch.is_tensor(x)}
+        output = function(*args, **(kwargs or {}))
+        for x in tree_leaves(output):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, x.nbytes)
+        return output
+
+
+@pytest.mark.slow  # it compiles
+def test_the_compiled_loss_of_a_gpu_equals_the_eager_one_and_a_cpus_stays_eager():
+    assert kernels.compiled(kernels.CPU) is kernels.CPU
+    torch._dynamo.reset()
+    compiled, inputs = kernels.compiled(kernels.CUDA), (*make_inputs(ignored=0.0), AS_ON_GPU)
+    for name, shape in (("cross_entropy", ()), ("token_log_probs", (TOKENS,))):
+        results = [
+            value_and_gradients(getattr(backend, name), inputs, torch.ones(shape))
+            for backend in (kernels.CUDA, compiled)
+        ]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
