@@ -13,7 +13,12 @@ import torch
 
 from kernels import attention, cross_entropy, experts, norm_rope, swiglu
 from kernels.attention import additive_mask
-from kernels.cross_entropy import IGNORE_INDEX, Chunks, log_probs_of_logits, loss_of_chunk
+from kernels.cross_entropy import (
+    IGNORE_INDEX,
+    Chunks,
+    fusible_loss_of_chunk,
+    log_probs_of_logits,
+)
 
 __all__ = [
     "CPU",
@@ -93,7 +98,7 @@ def compiled(backend: Backend) -> Backend:
     """
     if backend.chunks.softmax is not None:
         return backend
-    loss, log_probs = torch.compile(loss_of_chunk), torch.compile(log_probs_of_logits)
+    loss, log_probs = torch.compile(fusible_loss_of_chunk), torch.compile(log_probs_of_logits)
     return replace(
         backend,
         cross_entropy=partial(cross_entropy.chunked_cross_entropy, of_chunk=loss),

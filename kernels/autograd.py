@@ -31,15 +31,6 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor):
         total += left.T @ right
 
 
-def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in a dtype, as the output of an autograd.Function.
-
-    In a compiled graph it is always a new tensor, which costs nothing there. Dynamo of torch 2.11
-    gives wrong gradients, without a word, for an output that was written in place.
-    """
-    return x.to(dtype, copy=torch.compiler.is_compiling())
-
-
 def is_plain(layer) -> bool:
     """Whether calling the layer does no more than multiply by its weight: it has no adapter."""
     return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward
@@ -54,14 +45,3 @@ def recompute(function, *tensors):
         return function(*tensors)
     # The random numbers are restored: an adapter on the last product may have dropout.
     return checkpoint(function, *tensors, use_reentrant=False)
-
-
-def apply(function, *inputs):
-    """function.apply(*inputs) of a torch.autograd.Function, recomputed in a compiled graph.
-
-    Otherwise the compiled graph keeps the result as well as its input, because the matrix product
-    or the attention behind it needs the result.
-    """
-    if torch.compiler.is_compiling():
-        return recompute(function.apply, *inputs)
-    return function.apply(*inputs)

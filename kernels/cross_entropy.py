@@ -46,10 +46,9 @@ GPU_CHUNKS = Chunks(logits=2**25)  # 128 MB of fp32
 
 def loss_of_chunk(
     logits: torch.Tensor, targets: torch.Tensor, needs_grad: bool, softmax: int | None
-) -> torch.Tensor:
-    """Summed cross entropy, fp32, of logits (chunk, vocab) and targets (chunk,).
-
-    With needs_grad the gradient is written over the logits.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed cross entropy, fp32; the gradient of the logits) of logits (chunk, vocab) and targets
+    (chunk,). The gradient is written over the logits.
     """
     loss = torch.zeros((), dtype=torch.float32, device=logits.device)
     size = max(1, (softmax or logits.numel()) // logits.shape[1])  # tokens
@@ -64,7 +63,24 @@ def loss_of_chunk(
         if needs_grad:  # d loss / d logits = softmax - one_hot(target)
             counts = is_target.unsqueeze(1).float()  # (tokens, 1)
             part.copy_(exps.mul_(counts / total).scatter_add_(1, index, -counts))
-    return loss
+    return loss, logits
+
+
+def fusible_loss_of_chunk(
+    logits: torch.Tensor, targets: torch.Tensor, needs_grad: bool, softmax: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """loss_of_chunk for torch.compile: nothing in place, so that it becomes two passes over the
+    logits, one for the sums and one that writes the gradient.
+    """
+    is_target, index = targets != IGNORE_INDEX, targets.clamp(min=0).unsqueeze(1)
+    wide = logits.float()
+    log_total = wide.logsumexp(-1, keepdim=True)  # (chunk, 1)
+    loss = ((log_total - wide.gather(1, index)).squeeze(1) * is_target).sum()
+    if not needs_grad:
+        return loss, logits
+    one_hot = torch.arange(logits.shape[1], device=logits.device) == index  # (chunk, vocab)
+    gradient = ((wide - log_total).exp() - one_hot.float()) * is_target.unsqueeze(1)
+    return loss, gradient.to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -86,11 +102,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + size) if kept is None else kept[start : start + size]
             chunk = hidden[part].to(dtype)
             logits = F.linear(chunk, head)  # (chunk, vocab)
-            loss += of_chunk(logits, targets[part], needs_grad, chunks.softmax)
+            of_targets, gradient = of_chunk(logits, targets[part], needs_grad, chunks.softmax)
+            loss += of_targets
             if needs_grad:
-                grad_hidden[part] = (logits @ head).to(hidden.dtype)
-                add_product(grad_weight, logits, chunk)
-            del logits  # before the next chunk's are made
+                grad_hidden[part] = (gradient @ head).to(hidden.dtype)
+                add_product(grad_weight, gradient, chunk)
+            del logits, gradient  # before the next chunk's are made
         ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
         return loss
 
@@ -119,7 +136,7 @@ def chunked_cross_entropy(
         weight: (vocab, d_model), the output head.
         targets: int64 (tokens,); IGNORE_INDEX is no target.
         chunks: of this device.
-        of_chunk: loss_of_chunk, or the same compiled: one pass over the logits in place of eight.
+        of_chunk: loss_of_chunk, or fusible_loss_of_chunk compiled, on a GPU.
     """
     kept = (targets != IGNORE_INDEX).nonzero().squeeze(1) if chunks.skip_ignored else None
     # Asked here: inside forward() gradients are off, and ctx.needs_input_grad does not tell.

@@ -2,12 +2,13 @@
 
 Separate operations keep every intermediate tensor for backward, several of them in fp32. These
 keep their input, in the dtype in which it came, and one number per normalised vector. torch.compile
-traces through both functions; the compiled graph keeps the input alone.
+gets the plain operations, marked to be computed again: it fuses them itself, and the compiled graph
+keeps the input alone.
 """
 
 import torch
 
-from kernels.autograd import apply, at_least_fp32, compute_dtype, rounded
+from kernels.autograd import at_least_fp32, compute_dtype, recompute
 
 
 def normalize(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,7 +30,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, weight, eps, dtype):
         x_hat, scale = normalize(x, eps)
         ctx.save_for_backward(x, weight, scale)
-        return rounded(x_hat.mul_(weight), dtype)
+        return x_hat.mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -37,7 +38,7 @@ class _RMSNorm(torch.autograd.Function):
         grad, x_hat = at_least_fp32(grad), at_least_fp32(x) * scale
         grad_weight = (grad * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
         grad_x = normalize_backward(grad * weight, x_hat, scale)
-        return rounded(grad_x, x.dtype), grad_weight, None, None
+        return grad_x.to(x.dtype), grad_weight, None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -46,7 +47,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     x (…, size), weight (size,). The result has the dtype of the next matrix product: it is rounded
     only once.
     """
-    return apply(_RMSNorm, x, weight, eps, compute_dtype(x))
+    if torch.compiler.is_compiling():
+        return recompute(reference_rms_norm, x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps, compute_dtype(x))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -64,7 +67,7 @@ class _NormAndRotate(torch.autograd.Function):
     def forward(ctx, x, weight, cos, sin, eps):
         x_hat, scale = normalize(x, eps)
         ctx.save_for_backward(x, weight, scale, cos, sin)
-        return rounded(rotate(x_hat.mul_(weight), cos, sin), x.dtype)
+        return rotate(x_hat.mul_(weight), cos, sin).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -73,7 +76,7 @@ class _NormAndRotate(torch.autograd.Function):
         x_hat = at_least_fp32(x) * scale
         grad_weight = (grad * x_hat).flatten(0, -2).sum(0).to(weight.dtype)
         grad_x = normalize_backward(grad.mul_(weight), x_hat, scale)
-        return rounded(grad_x, x.dtype), grad_weight, None, None, None
+        return grad_x.to(x.dtype), grad_weight, None, None, None
 
 
 def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
@@ -82,7 +85,9 @@ def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
     x (batch, heads, seq, head_dim), weight (head_dim,), cos and sin fp32
     (batch, 1, seq, head_dim / 2); returns x's shape and dtype.
     """
-    return apply(_NormAndRotate, x, weight, cos, sin, eps)
+    if torch.compiler.is_compiling():
+        return recompute(reference_norm_and_rotate, x, weight, cos, sin, eps)
+    return _NormAndRotate.apply(x, weight, cos, sin, eps)
 
 
 def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

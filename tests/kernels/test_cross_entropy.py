@@ -4,6 +4,7 @@ No gradcheck: both functions compute the loss in fp32 by design, too coarse for 
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from kernels.cross_entropy import (
     Chunks,
     chunked_cross_entropy,
     chunked_log_probs,
+    fusible_loss_of_chunk,
+    loss_of_chunk,
     reference_cross_entropy,
     reference_log_probs,
 )
@@ -231,6 +234,16 @@ class LargestNew(TorchDispatchMode):
             if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in known:
                 self.bytes = max(self.bytes, x.nbytes)
         return output
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
+def test_the_form_that_is_compiled_equals_the_one_in_place(ignored):
+    inputs = *make_inputs(ignored), AS_ON_GPU
+    results = [
+        value_and_gradients(partial(chunked_cross_entropy, of_chunk=of_chunk), inputs)
+        for of_chunk in (loss_of_chunk, fusible_loss_of_chunk)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow  # it compiles
