@@ -130,10 +130,10 @@ def start(mixed_precision: str, seed: int, device_choice: str = "auto") -> Runti
         check_card_is_usable()
     accelerator = make_accelerator(device_choice == "cpu")
     device, rank = accelerator.device, accelerator.process_index
+    dtype = choose_dtype(mixed_precision, device, has_native_bf16(device))
     if device.type == "cuda":
         check_kernels(device)
-    dtype = choose_dtype(mixed_precision, device, has_native_bf16(device))
-    torch.set_float32_matmul_precision("high")  # fp32 products in TF32, on GPUs that have it
+        use_tf32(dtype)
     world = accelerator.num_processes
     rt = make_runtime(dtype, device, accelerator=accelerator, rank=rank, world=world)
     if mixed_precision == "fp16" and dtype is not torch.float16:
@@ -161,6 +161,14 @@ def choose_dtype(
     if device.type == "cuda" and dtype is torch.bfloat16 and not native_bf16:
         raise ValueError('This GPU has no bf16: set mixed_precision to "fp16".')
     return dtype
+
+
+def use_tf32(dtype: torch.dtype | None):
+    """Let a GPU round the factors of fp32 products to TF32, where all products are fp32.
+
+    In 16 bits only the router of a mixture of experts is fp32: rounded, it picks other experts.
+    """
+    torch.set_float32_matmul_precision("high" if dtype is None else "highest")
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -28,6 +28,7 @@ from engine.runtime import (
     has_native_bf16,
     make_runtime,
     start,
+    use_tf32,
 )
 
 CUDA, MPS = torch.device("cuda"), torch.device("mps")
@@ -96,6 +97,16 @@ def test_on_apples_gpu_its_own_abilities_decide(monkeypatch, is_new):
     assert has_native_bf16(MPS) is is_new
     assert choose_dtype("fp16", MPS, has_native_bf16(MPS)) is (torch.bfloat16 if is_new else None)
     assert fast_dtype(MPS) is (torch.bfloat16 if is_new else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_tf32_takes_fp32s_place_only_where_nothing_runs_in_16_bits(dtype):
+    assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        use_tf32(dtype)
+        assert torch.get_float32_matmul_precision() == ("high" if dtype is None else "highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

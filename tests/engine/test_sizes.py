@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import re
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -244,6 +245,14 @@ def test_a_trial_leaves_the_state_of_a_resumed_run_as_it_was():
     fit_batch_size(config, model, optimizers, rt, forward_backward, full_batch)
     after = [optimizer.state_dict()["state"] for optimizer in optimizers]
     torch.testing.assert_close(after, before, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("script", [train_llm, sft_train, dpo_train])
+def test_a_stage_tries_what_it_has_compiled_and_distributed(script):
+    lines = inspect.getsource(script).splitlines()
+    names = ("checkpoint.resume(", "compile_blocks(", "sharding.distribute(", "fit_batch_size(")
+    places = [next(i for i, line in enumerate(lines) if name in line) for name in names]
+    assert places == sorted(places)
 
 
 def test_ranks_try_without_exchanging_gradients():
