@@ -329,7 +329,6 @@ def main():
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("No CUDA device here. (--device cpu --sizes tiny shows that this runs.)")
     device = torch.device(arguments.device)
-    torch.set_float32_matmul_precision("high")  # as runtime.start does
     if device.type == "cuda" and not has_native_bf16(device):
         arguments.precisions = ["fp16"]
     how = (arguments.sizes, arguments.levels, arguments.modes, arguments.precisions)

@@ -6,7 +6,7 @@ fp16 accumulation (on a GeForce card twice as much again). T4 and V100 have no b
 
 Where NVIDIA prints no such number it is computed: tensor cores x boost clock x FLOPs per core and
 clock, which are 128 on a GeForce card and 256 on a professional one of the same chip. Cores and
-clocks are those of NVIDIA's product pages. The whitepapers:
+clocks are the reference card's, from public specification tables. The whitepapers:
 
     GA102            NVIDIA Ampere GA102 GPU Architecture, v2
     Ada              NVIDIA Ada GPU Architecture, v2.02
