@@ -138,7 +138,7 @@ def train_dpo(
     shape = CustomLLMConfig.from_pretrained(config["init_from"])
     with guards.explain_oom(config, shape, *trial), rt.main_first():
         splits = preference.add_reference_logps(
-            splits, fingerprint, reference, tokenizer, collate, rt, f"{config['output_dir']}/cache"
+            splits, fingerprint, reference, tokenizer, collate, rt, config
         )
 
     # 4. Model and optimizers

@@ -147,13 +147,16 @@ def add_reference_logps(
     tokenizer,
     collate,
     rt: Runtime,
-    cache_dir: str,
+    config: dict,
 ) -> DatasetDict:
     """Add the column reference_logps (chosen, rejected) to every pair.
 
     They are computed once, so that no second model is in memory while training. The cache's name
     changes with the reference's weights, the data (their fingerprint) and the precision.
     """
+    cache_dir = f"{config['output_dir']}/cache"
+    # Without gradients more pairs fit than in training; a smaller batch_size helps here too.
+    pairs_at_once = 32 if config["batch_size"] == "auto" else 4 * config["batch_size"]
     weights = content_hash(sorted(Path(path).glob("*.safetensors")))
     name = settings_hash(weights, fingerprint, str(rt.dtype))
     folder = Path(cache_dir) / f"reference-{name}"
@@ -167,7 +170,7 @@ def add_reference_logps(
                 for split, pairs in splits.items():
                     # Into memory first: np.save into a file gives no error on a full disk.
                     buffer = io.BytesIO()
-                    np.save(buffer, reference_logps(scorer, pairs, collate, rt))
+                    np.save(buffer, reference_logps(scorer, pairs, collate, rt, pairs_at_once))
                     (temporary / f"{split}.npy").write_bytes(buffer.getvalue())
     return DatasetDict(
         {
@@ -182,10 +185,7 @@ def add_reference_logps(
 def reference_logps(
     scorer, pairs: Dataset, collate, rt: Runtime, batch_size: int = 32
 ) -> np.ndarray:
-    """fp32 (pairs, 2): log-probs of the chosen and the rejected answers, batched by length.
-
-    batch_size: pairs; without gradients more fit than in training.
-    """
+    """fp32 (pairs, 2): log-probs of the chosen and the rejected answers, batched by length."""
     pairs = pairs.with_format("numpy")
     lengths = [
         sum(len(pair[f"{n}_ids"]) for n in ("prompt", "chosen", "rejected")) for pair in pairs

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import re
+import traceback
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -192,12 +193,11 @@ def no_memory_in_inference(number: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "number"),
-    [("sft", 1), ("dpo", 1), ("dpo", 4)],
-    ids=["sample", "reference", "validation"],
+    ("stage", "number", "place"),
+    [("sft", 1, "sample"), ("dpo", 1, "reference_logps"), ("dpo", 5, "validate")],
 )
 def test_out_of_memory_before_the_first_step_says_what_to_change(
-    monkeypatch, tmp_path, base_model, stage, number
+    monkeypatch, tmp_path, base_model, stage, number, place
 ):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: CARD)
     train, config = {
@@ -205,8 +205,10 @@ def test_out_of_memory_before_the_first_step_says_what_to_change(
         "dpo": (dpo_train.train_dpo, dpo_config(tmp_path, base_model)),
     }[stage]
     message = "memory ended with batch_size 4 .* Estimated to fit its 2.0 GiB"
-    with no_memory_in_inference(number), pytest.raises(MemoryError, match=message):
+    with no_memory_in_inference(number), pytest.raises(MemoryError, match=message) as caught:
         train(wandb_config=config)
+    frames = traceback.extract_tb(caught.value.__cause__.__traceback__)
+    assert place in [frame.name for frame in frames]
     assert not list(tmp_path.glob("checkpoints/*/*/step_*"))
 
 
