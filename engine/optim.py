@@ -31,7 +31,7 @@ def build(
         hidden = [p for p in named if id(p) in matrices - embeddings]
         learning_rate = config["muon_learning_rate"]
         group = {"params": hidden, "lr": learning_rate, "peak_lr": learning_rate}
-        product_dtype = product_dtype or fast_dtype(hidden[0].device)
+        product_dtype = product_dtype or fast_dtype(model.get_input_embeddings().weight.device)
         options = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw"}
         optimizers.append(BatchedMuon([group], product_dtype, **options))
         named = [p for p in named if id(p) not in matrices - embeddings]
@@ -51,8 +51,10 @@ class BatchedMuon(torch.optim.Muon):
     """torch's Muon on many matrices at a time. Its arithmetic, options and checkpoints are torch's.
 
     torch orthogonalizes one matrix after the other: a GPU waits for a thousand launches of small
-    kernels. Here the matrices of one shape are a stack, and each operation is one launch. Products
-    run in product_dtype. Shards of a distributed matrix cannot be stacked: torch's step takes them.
+    kernels. Here the matrices of one shape are a stack, and each operation is one launch. The order
+    is torch's: the average of the gradients, Nesterov, Newton-Schulz, weight decay, the update.
+    Products run in product_dtype. Shards of a distributed matrix cannot be stacked: torch's step
+    takes them.
     """
 
     _step_supports_amp_scaling = True  # as fused AdamW: see step_together
@@ -76,10 +78,8 @@ class BatchedMuon(torch.optim.Muon):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         momentum, shrink = group["momentum"], 1 - group["lr"] * group["weight_decay"]
-        grads = torch.stack(
-            [cast(torch.Tensor, p.grad) for p in parameters]
-        )  # (count, height, width)
-        before = torch.stack(averages)
+        of_each = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
+        grads, before = torch.stack(of_each), torch.stack(averages)  # (count, height, width)
         average = before.lerp(grads, 1 - momentum)
         update = orthogonalize(
             grads.lerp_(average, momentum).to(self.product_dtype),  # Nesterov

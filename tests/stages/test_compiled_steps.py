@@ -34,11 +34,9 @@ def packed(*rows: list[int]) -> dict:
 @pytest.mark.parametrize(
     ("use_moe", "dtype", "level"),
     [
-        (False, torch.float16, False),
-        (False, torch.float16, "selective"),
-        (False, torch.bfloat16, "full"),
+        (False, torch.float16, "full"),
+        (False, torch.bfloat16, "selective"),
         (True, torch.float16, "full"),
-        (True, torch.bfloat16, "selective"),
     ],
     ids=str,
 )
