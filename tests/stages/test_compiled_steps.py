@@ -34,8 +34,7 @@ def packed(*rows: list[int]) -> dict:
 @pytest.mark.parametrize(
     ("use_moe", "dtype", "level"),
     [
-        (False, torch.float16, "full"),
-        (False, torch.bfloat16, "selective"),
+        (False, torch.float16, "selective"),
         (True, torch.float16, "full"),
     ],
     ids=str,
