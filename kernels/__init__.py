@@ -2,7 +2,8 @@
 
 Every function has a reference twin of some ten lines of plain PyTorch, and tests hold one against
 the other. Which one runs is a value: the model carries a Backend, and nothing is switched by
-changing a module. plan.py plans a GPU on a machine without one by giving the model CUDA.
+changing a module. plan.py plans a GPU on a machine without one by giving the model a form of CUDA
+(engine.memory.PLANNED_GPU).
 """
 
 from collections.abc import Callable

@@ -13,17 +13,12 @@ import torch
 from torch.nn.attention import varlen
 
 import kernels
-from kernels.autograd import compute_dtype
+from engine.memory import PLANNED_GPU
 
 HALF = (torch.float16, torch.bfloat16)
 
-
-def takes_documents(weight: torch.Tensor, dropout: float) -> bool:
-    """As kernels.CUDA on an Ampere card."""
-    return compute_dtype(weight) in HALF and not dropout
-
-
-LIKE_A_GPU = replace(kernels.CUDA, can_attend_by_document=takes_documents)
+# As on an Ampere card.
+LIKE_A_GPU = replace(kernels.CUDA, can_attend_by_document=PLANNED_GPU.can_attend_by_document)
 
 
 def scores_and_values(query, key, value, bounds):

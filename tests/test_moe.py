@@ -1,6 +1,5 @@
 """The mixture of experts: dispatch against a per-token loop, and a router that learns balance."""
 
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -8,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from gpu_like import card
 from safetensors.torch import load_file
+from tiny import Calls
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 import kernels
@@ -63,18 +62,6 @@ def output_and_gradients(function, layer, x):
     parameters = dict(layer.named_parameters())
     gradients = torch.autograd.grad((output * weights).sum(), (x, *parameters.values()))
     return dict(zip(("output", "x", *parameters), (output.detach(), *gradients), strict=True))
-
-
-class Calls(TorchDispatchMode):
-    """How often each operator is called."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count[function] += 1
-        return function(*args, **(kwargs or {}))
 
 
 ALL_EXPERTS = torch.ops.llm.expert_swiglu.default

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from engine.runtime import Runtime, make_runtime
@@ -223,3 +225,15 @@ def kept_bytes(function) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(kept.values())
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count[function] += 1
+        return function(*args, **(kwargs or {}))
