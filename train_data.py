@@ -7,13 +7,12 @@ Rows are in memory-mapped Arrow files: a corpus larger than RAM is read in const
 """
 
 import argparse
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -21,34 +20,39 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.documents import SAMPLE, corpus_hash, iter_documents
+from corpus.documents import SAMPLE, document_of
+from corpus.encoder import Encoder
 from corpus.packing import PackedCollator, pack_segments, row_length, split_windows
+from corpus.preparation import choose_for_tokenizer, chosen_texts
 from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.progress import Progress
 from engine.report import print_lines
-from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
+from tokenizer import create_tokenizer, tokenizer_identity, train_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or data workers warn
 
-SHARD_CHARACTERS = 4_000_000  # tokenized and packed at a time, which bounds the memory
-CACHE_VERSION = 2  # raise it when the rows made from the same text change
+CACHE_VERSION = 3  # raise it when the rows made from the same text change
 
 
 def prepare_data(
     tokenizer_path: str | None = None,
-    dataset: str = SAMPLE,
+    dataset: str | list | dict = SAMPLE,
     max_seq_len: int = 512,
     vocab_size: int = 6400,
-    validation_ratio: float = 0.05,
-    cache_dir: str = "checkpoints/cache",
+    text_column: str | None = None,
+    tokenizer_megabytes: float = 10,
+    **options,
 ) -> tuple[DatasetDict, PreTrainedTokenizerBase]:
     """Text -> packed rows, and the tokenizer they were made with.
 
     Args:
         tokenizer_path: local folder or Hub name; None trains one of vocab_size on the corpus.
         dataset: file, folder or glob of .jsonl .json .txt .parquet (also .gz .bz2 .xz .zst), or a
-            Hub dataset name.
-        validation_ratio: share of documents held out. A document's hash decides: its split never
-            changes, whatever is added.
+            name on the Hub or on ModelScope (corpus/sources.py); a list of them; or a dict of them
+            with the share of each in the text.
+        text_column: the column that holds the text; None: text, content or completion.
+        tokenizer_megabytes: a tokenizer is trained on so much of the text, chosen by hash.
+        options: of cache.Options, such as validation_tokens, num_proc and cache_dir.
 
     Returns:
         A DatasetDict with "train" and "validation", rows of input_ids and position_ids of up to
@@ -57,117 +61,106 @@ def prepare_data(
     Raises:
         ValueError: bad data or settings; names the file, the line and the fix.
     """
-    if not 0 < validation_ratio < 1:
-        raise ValueError(f"validation_ratio={validation_ratio} must be between 0 and 1.")
     if max_seq_len < 8:
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 8 tokens.")
-    text_hash = corpus_hash(dataset)
-    tokenizer = load_or_train_tokenizer(
-        tokenizer_path, dataset, text_hash, vocab_size, validation_ratio, Path(cache_dir)
+    data = cache.Data(dataset, cache.Options(**options))
+    recipe = DocumentRecipe(text_column)
+    tokenizer = (
+        create_tokenizer(model_path=tokenizer_path)
+        if tokenizer_path
+        else train_on_share(data, recipe, vocab_size, tokenizer_megabytes)
     )
-    settings = [text_hash, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
-    write = partial(_write_rows, dataset, tokenizer, max_seq_len)
-    splits, counts = cache.cached_splits(
-        "pretrain", dataset, settings, validation_ratio, cache_dir, write
-    )
-    splits = _both_splits(splits, dataset, max_seq_len, counts)
-    print(describe(counts, splits, dataset), flush=True)
+    recipe = replace(recipe, tokenizer=tokenizer, max_seq_len=max_seq_len)
+    settings = [text_column, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
+    splits, counts = cache.cached_splits("pretrain", data, recipe, settings)
+    splits = _both_splits(splits, data, max_seq_len, counts)
+    print(describe(counts, splits, data.name), flush=True)
     return splits, tokenizer
 
 
-def load_or_train_tokenizer(
-    path, dataset: str, text_hash: str, vocab_size: int, validation_ratio: float, cache_dir: Path
-):
-    if path is not None:
-        return create_tokenizer(model_path=path)
-    name = settings_hash(text_hash, vocab_size, validation_ratio, CACHE_VERSION)
-    folder = cache_dir / f"tokenizer-{name}"
-    with cache_lock(cache_dir):
+def train_on_share(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float):
+    """A tokenizer that is trained on at most so many megabytes of the training text. Cached."""
+    split = [data.options.validation_ratio, data.options.validation_tokens]
+    name = settings_hash(
+        data.settings, recipe.text_column, vocab_size, megabytes, split, CACHE_VERSION
+    )
+    folder = data.cache_dir / f"tokenizer-{name}"
+    with cache_lock(data.cache_dir):
         if not folder.exists():
-            print(f"Training a {vocab_size:,}-token tokenizer on {dataset} …", flush=True)
-            documents = iter_documents(dataset)
-            texts = (text for text in documents if cache.split_share(text) >= validation_ratio)
-            tokenizer = train_tokenizer(texts, vocab_size)
+            print(f"Training a {vocab_size:,}-token tokenizer on {data.name} …", flush=True)
+            index, choice = data.index(recipe), data.choice(recipe)
+            chosen = choose_for_tokenizer(index, choice, megabytes)
+            size, total = index.sizes[chosen > 0].sum(), index.sizes[index.is_first].sum()
+            print(f"It learns from {size / 1e6:,.1f} MB of {total / 1e6:,.1f} MB of text.", flush=True)
+            with Progress("Training the tokenizer", float(size)) as progress:
+                texts = chosen_texts(data.corpus, recipe, index, chosen, progress)
+                tokenizer = train_tokenizer(texts, vocab_size)
             with atomic_folder(folder) as temporary:
                 tokenizer.save_pretrained(temporary)
     return create_tokenizer(model_path=str(folder))
 
 
-def _write_rows(dataset: str, tokenizer, max_seq_len: int, folder: Path, split):
-    """Write the files of cache.cached_splits. A document's text decides its split."""
-    counts: Counter = Counter()
-    writers = {
-        name: _RowWriter(folder / f"{name}.arrow", tokenizer, max_seq_len, counts)
-        for name in cache.SPLITS
-    }
-    for text in iter_documents(dataset, counts):
-        writers[split(text)].add(text)
-    for writer in writers.values():
-        writer.close()
-    (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+@dataclass
+class DocumentRecipe:
+    """Documents -> rows of max_seq_len tokens. preparation.Recipe says what each method does."""
 
+    text_column: str | None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_seq_len: int = 0
 
-class _RowWriter:
-    """Tokenizes documents shard by shard and appends packed rows to one Arrow file."""
+    def __post_init__(self):
+        if self.tokenizer:
+            self.encoder = Encoder(self.tokenizer)
+            self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
+            self.place_type = np.uint16 if self.max_seq_len <= 2**16 else np.uint32
+            kinds = {"input_ids": self.id_type, "position_ids": self.place_type}
+            lists = [(name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in kinds.items()]
+            self.schema = pa.schema(lists)
 
-    def __init__(self, path: Path, tokenizer, max_seq_len: int, counts: Counter):
-        self.tokenizer, self.max_seq_len, self.counts = tokenizer, max_seq_len, counts
-        self.id_dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-        fields = [("input_ids", self.id_dtype), ("position_ids", np.uint32)]
-        self.schema = pa.schema([(name, pa.list_(pa.from_numpy_dtype(d))) for name, d in fields])
-        self.stream = pa.OSFile(str(path), "wb")
-        self.writer = pa.ipc.new_stream(self.stream, self.schema)
-        self.texts: list[str] = []
-        self.characters = self.rows = 0
+    def parse(self, record) -> str:
+        return document_of(record, self.text_column)
 
-    def add(self, text: str):
-        self.texts.append(text)
-        self.characters += len(text)
-        if self.characters >= SHARD_CHARACTERS:
-            self.flush()
+    def identity(self, text: str) -> str:
+        return text
 
-    def flush(self):
-        if not self.texts:
-            return
-        documents = encode_plain(self.tokenizer, self.texts)
-        ids = np.concatenate([[*d, self.tokenizer.eos_token_id] for d in documents])
+    def question(self, text: str) -> str:
+        return text
+
+    def encode(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
+        counts["documents"] += len(texts)
+        counts["characters"] += sum(map(len, texts))
+        end = np.array([self.tokenizer.eos_token_id], dtype=self.id_type)
+        return [np.concatenate([ids, end], dtype=self.id_type, casting="unsafe") for ids in self.encoder(texts)]
+
+    def length(self, document: np.ndarray) -> int:
+        return len(document)
+
+    def pack(self, documents: list[np.ndarray], counts: Counter) -> pa.RecordBatch:
+        ids = np.concatenate([np.empty(0, dtype=self.id_type), *documents])
         segments, start = [], 0
         for document in documents:
-            for length in split_windows(len(document) + 1, self.max_seq_len):
+            for length in split_windows(len(document), self.max_seq_len):
                 segments.append((start, length))
                 start += length
         rows, cuts = pack_segments(segments, self.max_seq_len)
-        self._write(ids.astype(self.id_dtype), rows)
-        self.counts.update(
-            {
-                "documents": len(self.texts),
-                "characters": self.characters,
-                "tokens": len(ids),
-                "rows": len(rows),
-                "padding": len(rows) * self.max_seq_len - len(ids),
-                "documents cut to fill rows": cuts,
-            }
-        )
-        self.rows += len(rows)
-        self.texts, self.characters = [], 0
+        counts["tokens"] += len(ids)
+        counts["padding"] += len(rows) * self.max_seq_len - len(ids)
+        counts["documents cut to fill rows"] += cuts
+        return self._record_batch(ids, rows)
 
-    def _write(self, ids: np.ndarray, rows):
-        segments = [segment for row in rows for segment in row]
-        input_ids = np.concatenate([ids[start : start + length] for start, length in segments])
-        position_ids = np.concatenate(
-            [np.arange(length, dtype=np.uint32) for _, length in segments]
-        )
+    def _record_batch(self, ids: np.ndarray, rows) -> pa.RecordBatch:
+        empty = (np.empty(0, self.id_type), np.empty(0, self.place_type))
+        places = np.arange(self.max_seq_len, dtype=self.place_type)
+        parts = [(ids[start : start + n], places[:n]) for row in rows for start, n in row]
+        columns = [np.concatenate(column) for column in zip(empty, *parts, strict=True)]
         ends = np.cumsum([0] + [row_length(row) for row in rows], dtype=np.int32)
-        columns = [pa.ListArray.from_arrays(ends, values) for values in (input_ids, position_ids)]
-        self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
-
-    def close(self):
-        self.flush()
-        self.writer.close()
-        self.stream.close()
+        arrays = [pa.ListArray.from_arrays(ends, values) for values in columns]
+        return pa.record_batch(arrays, schema=self.schema)
 
 
-def _both_splits(splits: DatasetDict, dataset: str, max_seq_len: int, counts: dict) -> DatasetDict:
+def _both_splits(
+    splits: DatasetDict, data: cache.Data, max_seq_len: int, counts: dict
+) -> DatasetDict:
     """The splits. Of one document, such as a novel, the last twentieth of its rows is held out.
 
     Raises:
@@ -178,22 +171,20 @@ def _both_splits(splits: DatasetDict, dataset: str, max_seq_len: int, counts: di
     rows = max(splits.values(), key=len)
     if len(rows) < 2:
         raise ValueError(
-            f"{dataset}: {counts.get('tokens', 0)} usable tokens are too few for a training and a "
+            f"{data.name}: {counts.get('tokens', 0)} usable tokens are too few for a training and a "
             f"validation row of {max_seq_len} ({counts}). Add text or lower max_seq_len."
         )
-    first = len(rows) - max(1, len(rows) // 20)
+    most = data.options.validation_tokens // max_seq_len
+    first = len(rows) - max(1, min(len(rows) // 20, most))
     return DatasetDict(
         train=rows.select(range(first)), validation=rows.select(range(first, len(rows)))
     )
 
 
-def describe(counts: dict, splits: dict[str, Dataset], dataset: str) -> str:
-    tokens = counts["tokens"]
-    dropped = ", ".join(
-        f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")
-    )
+def describe(counts: dict, splits: dict[str, Dataset], name: str) -> str:
+    tokens, held_out = counts["tokens"], counts.get("held out and not used", 0)
     return (
-        f"Data {dataset}: {counts['documents']:,} documents ({dropped or 'none'} dropped), "
+        f"Data {name}: {counts['documents']:,} documents ({cache.dropped(counts)} dropped), "
         f"{tokens:,} tokens, {counts['characters'] / tokens:.2f} characters/token; "
         f"{len(splits['train']):,} training + {len(splits['validation']):,} validation rows, "
         f"{counts['padding'] / (counts['padding'] + tokens):.2%} padding, "
@@ -203,6 +194,11 @@ def describe(counts: dict, splits: dict[str, Dataset], dataset: str) -> str:
 
 def unigram_loss(splits: DatasetDict, vocab_size: int) -> float:
     """Validation loss, nats per target, of a model that knows only the token frequencies."""
+    name = f"unigram_loss-{len(splits['train'])}"
+    return cache.remember(splits["train"], name, partial(_unigram_loss, splits, vocab_size))
+
+
+def _unigram_loss(splits: DatasetDict, vocab_size: int) -> float:
 
     def target_counts(rows: Dataset) -> np.ndarray:
         counts = np.zeros(vocab_size, dtype=np.int64)

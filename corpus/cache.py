@@ -1,64 +1,107 @@
-"""One cache of packed rows for the three stages, and how records are split for validation."""
+"""One cache of packed rows for the three stages."""
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import PreTrainedTokenizerBase
 
-from engine.disk import atomic_folder, cache_lock, settings_hash
+from corpus.identity import content_hash
+from corpus.preparation import Corpus, Index, Recipe, choose, read_index, write_rows
+from corpus.sources import datasets_of, find_data
+from engine.disk import atomic_folder, cache_lock, settings_hash, write_whole
 from tokenizer import token_byte_lengths
 
 SPLITS = ("train", "validation")
+# The keys of wandb_config that every stage hands on to its data.
+KEYS = ("validation_tokens", "max_dataset_bytes", "num_proc", "verify_data")
 
 
-def split_share(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone. Below validation_ratio it is held out.
+@dataclass(frozen=True)
+class Options:
+    """How data are read and split. The keys of wandb_config have the same names.
 
-    The split of a document or a question never changes, whatever is added to the data.
+    validation_ratio: the largest share of the documents or questions that is held out. The hash of
+        each decides: what was trained on is not held out later, whatever is added.
+    validation_tokens: the largest number of tokens that is held out.
+    max_dataset_bytes: read so many bytes of each dataset; None: all.
+    num_proc: processes; None: one for each core. The rows do not depend on it.
+    verify_data: read all files again to see whether they have changed.
     """
-    return xxhash.xxh3_64_intdigest(text.encode(), seed=1) / 2**64
+
+    cache_dir: str | Path = "checkpoints/cache"
+    validation_ratio: float = 0.05
+    validation_tokens: int = 1_000_000
+    max_dataset_bytes: int | None = None
+    num_proc: int | None = None
+    verify_data: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.validation_ratio < 1:
+            raise ValueError(
+                f"validation_ratio={self.validation_ratio} must be between 0 and 1."
+            )
 
 
-class SplitByShare:
-    """Decides the split of each text by its share, and remembers the range of the shares."""
+class Data:
+    """The files of a stage's dataset, what their bytes are, and what the first reading finds.
 
-    def __init__(self, threshold: float):
-        self.threshold, self.lowest, self.highest = threshold, 1.0, 0.0
+    Args:
+        dataset: a file, folder, pattern or a name on the Hub; a list of them; or a dict of them
+            with the share of each.
 
-    def __call__(self, text: str) -> str:
-        share = split_share(text)
-        self.lowest, self.highest = min(self.lowest, share), max(self.highest, share)
-        return "validation" if share < self.threshold else "train"
+    Raises:
+        ValueError: there is no such data.
+    """
+
+    def __init__(self, dataset, options: Options):
+        self.options, self.cache_dir = options, Path(options.cache_dir)
+        limit, chosen = options.max_dataset_bytes, datasets_of(dataset)
+        self.name = ", ".join(name for name, _ in chosen)
+        self.weights = [weight for _, weight in chosen]
+        found = [find_data(name, limit, str(self.cache_dir)) for name, _ in chosen]
+        pairs = list(zip(found, self.weights, strict=True))
+        self.corpus = Corpus(pairs, limit, options.num_proc)
+        hashes = [content_hash(files, self.cache_dir, options.verify_data) for files in found]
+        self.settings = [hashes, self.weights, limit]  # all that the records depend on
+        self._index: Index | None = None
+
+    def index(self, recipe: Recipe) -> Index:
+        """The first reading, which happens once."""
+        if self._index is None:
+            self._index = read_index(self.corpus, recipe)
+        return self._index
+
+    def choice(self, recipe: Recipe) -> np.ndarray:
+        """What becomes of each record: preparation.choose."""
+        ratio, tokens = self.options.validation_ratio, self.options.validation_tokens
+        return choose(self.index(recipe), self.weights, ratio, tokens)
 
 
 def cached_splits(
-    stage: str, path: str, settings: list, validation_ratio: float, cache_dir: str, write: Callable
+    stage: str, data: Data, recipe: Recipe, settings: list
 ) -> tuple[DatasetDict, dict]:
     """(rows of both splits, statistics) of a stage's data.
 
-    Args:
-        path: the data, for what is printed.
-        settings: all that the rows depend on. The name of the cache folder is a hash of it.
-        write: called as write(folder, split) unless the rows are cached. It makes train.arrow,
-            validation.arrow and statistics.json, and asks split(text) for the split of each
-            document or question.
+    settings: what the rows depend on beside the data. The cache folder's name is a hash of all.
     """
-    folder = Path(cache_dir) / f"{stage}-{settings_hash(*settings, validation_ratio)}"
-    with cache_lock(Path(cache_dir)):
+    options = data.options
+    split = [options.validation_ratio, options.validation_tokens]
+    name = f"{stage}-{settings_hash(data.settings, settings, split)}"
+    folder = data.cache_dir / name
+    with cache_lock(data.cache_dir):
         if not (folder / "statistics.json").exists():
-            print(f"Tokenizing {path} …", flush=True)
+            print(f"Tokenizing {data.name} …", flush=True)
+            index, choice = data.index(recipe), data.choice(recipe)
             with atomic_folder(folder) as temporary:
-                write(temporary, split := SplitByShare(validation_ratio))
-                if not split.lowest < validation_ratio <= split.highest:
-                    # All are on one side, as happens when they are few. The text of the smallest
-                    # share is held out; with one text, none is.
-                    single = split.lowest >= split.highest
-                    threshold = 0.0 if single else float(np.nextafter(split.lowest, 1))
-                    write(temporary, SplitByShare(threshold))
+                tokens = options.validation_tokens
+                counts = write_rows(temporary, data.corpus, recipe, index, choice, tokens)
+                text = json.dumps(counts, ensure_ascii=False, indent=1)
+                (temporary / "statistics.json").write_text(text)
     rows = DatasetDict({name: open_rows(folder / f"{name}.arrow") for name in SPLITS})
     return rows, json.loads((folder / "statistics.json").read_text())
 
@@ -68,7 +111,7 @@ def check_max_length(max_length: int):
         raise ValueError(f"max_length={max_length} must be at least 32 tokens.")
 
 
-def check_splits(splits: DatasetDict, path: str):
+def check_splits(splits: DatasetDict, path):
     """Raises ValueError when there is nothing to train on or nothing to validate with."""
     if not all(len(rows) for rows in splits.values()):
         raise ValueError(
@@ -85,6 +128,22 @@ def open_rows(path: Path) -> Dataset:
 def data_fingerprint(rows: Dataset) -> str:
     """Equal for equal rows: the name of their cache folder, a hash of all that made them."""
     return rows.info.description
+
+
+def remember(rows: Dataset, name: str, compute: Callable[[], float]) -> float:
+    """A number that follows from cached rows. It is computed once and kept beside them."""
+    if not rows.cache_files:
+        return compute()
+    file = Path(rows.cache_files[0]["filename"]).with_name(f"{name}.json")
+    if not file.exists():
+        write_whole(file, json.dumps(compute()))
+    return json.loads(file.read_text())
+
+
+def dropped(counts: dict) -> str:
+    """'3 empty, 1 duplicate', or 'none'."""
+    drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
+    return ", ".join(drops) or "none"
 
 
 def column_values(rows: Dataset, batch_size: int = 1000) -> Iterator[dict[str, np.ndarray]]:

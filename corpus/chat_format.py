@@ -14,16 +14,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from corpus.readers import find_files, input_error, iter_records
+from corpus.readers import FormatError, find_files, input_error, iter_records
 from tokenizer import IM_END, IM_START, encode_plain
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SHORTEST_PROMPT = 16  # tokens of the question that are kept when an answer is too long by itself
-
-
-class FormatError(ValueError):
-    """A record is not a conversation. The message has no file and line yet."""
 
 
 def to_messages(record: dict, response_keys=("response", "output")) -> list[dict]:

@@ -1,16 +1,55 @@
-"""A pre-training corpus as a stream of documents, from files here or from the Hub."""
+"""A pre-training corpus as a stream of documents."""
 
 from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
 import xxhash
-from datasets import Dataset, load_dataset
 
-from corpus.readers import find_files, input_error, is_local, iter_records
-from engine.disk import content_hash
+from corpus.readers import Dropped, FormatError, input_error, iter_records
+from corpus.sources import find_data
 
 SAMPLE = "data/pretrain_sample.jsonl"
+TEXT_COLUMNS = ("text", "content", "completion")  # the first that a record has is its text
+
+
+def document_of(record, text_column: str | None = None) -> str:
+    """The text of a record: a paragraph of a text file, or a column of an object.
+
+    Raises:
+        Dropped: there is no text that could be trained on.
+        FormatError: the record has no such column.
+    """
+    if isinstance(record, str):
+        text: object = record
+    else:
+        names = (text_column,) if text_column else TEXT_COLUMNS
+        column = next((name for name in names if name in record), None) if _is_object(record) else None
+        if column is None:
+            raise FormatError(_describe_missing(record, names))
+        text = record[column]
+    if not isinstance(text, str):
+        raise Dropped("not text")
+    if not text.strip():
+        raise Dropped("empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # from a JSON escape
+        raise Dropped("lone surrogates") from error
+    return text
+
+
+def _is_object(record) -> bool:
+    return isinstance(record, dict)
+
+
+def _describe_missing(record, names: tuple[str, ...]) -> str:
+    has = f"has {', '.join(map(repr, record))}" if _is_object(record) else "is no object"
+    others = "".join(f' or "{name}"' for name in names[1:])
+    return (
+        f'expected {{"{names[0]}": "…"}}{others}; this record {has}. '
+        "--text_column names another column"
+    )
 
 
 def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iterator[str]:
@@ -20,18 +59,20 @@ def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iter
     """
     counts = Counter() if counts is None else counts
     seen = SeenHashes()
-    for text in _iter_texts(dataset):
-        counts["documents read"] += 1
-        if not isinstance(text, str):
-            counts["dropped: not text"] += 1
-        elif not text.strip():
-            counts["dropped: empty"] += 1
-        elif not _is_unicode(text):
-            counts["dropped: lone surrogates"] += 1
-        elif not seen.add(xxhash.xxh3_64_intdigest(text.encode())):
-            counts["dropped: duplicate"] += 1
-        else:
-            yield text
+    for path in find_data(dataset):
+        for line, record in iter_records(path):
+            counts["read"] += 1
+            try:
+                text = document_of(record)
+            except Dropped as reason:
+                counts[f"dropped: {reason}"] += 1
+            except FormatError as error:
+                raise input_error(path, line, f"{error}.") from error
+            else:
+                if seen.add(xxhash.xxh3_64_intdigest(text.encode())):
+                    yield text
+                else:
+                    counts["dropped: duplicate"] += 1
 
 
 class SeenHashes:
@@ -55,53 +96,3 @@ class SeenHashes:
             self.sorted = np.union1d(self.sorted, newest)
             self.newest.clear()
         return True
-
-
-def _iter_texts(dataset: str) -> Iterator[object]:
-    if not is_local(dataset):
-        yield from (row["text"] for row in _load_from_hub(dataset))
-        return
-    for path in find_files(dataset):
-        for line, record in iter_records(path):
-            if isinstance(record, str):
-                yield record
-            elif isinstance(record, dict) and "text" in record:
-                yield record["text"]
-            else:
-                found = (
-                    f"has {', '.join(map(repr, record))}"
-                    if isinstance(record, dict)
-                    else "is no object"
-                )
-                raise input_error(path, line, f'expected {{"text": "…"}}; this record {found}.')
-
-
-def _load_from_hub(name: str) -> Dataset:
-    try:
-        rows = load_dataset(name, split="train")
-    except Exception as error:  # the Hub client raises a dozen kinds of errors
-        cause = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(
-            f"{name!r} is neither a file here nor a Hub dataset that can be reached "
-            f"(set HF_ENDPOINT to use a mirror). Cause: {cause}"
-        ) from error
-    if "text" not in rows.column_names:
-        raise ValueError(f"{name}: expected a 'text' column; found {rows.column_names}.")
-    return rows
-
-
-def corpus_hash(dataset: str) -> str:
-    """Changes when the text changes: a hash of local files, or the fingerprint of Hub data."""
-    return (
-        content_hash(find_files(dataset))
-        if is_local(dataset)
-        else _load_from_hub(dataset)._fingerprint
-    )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate from a JSON escape
-        return False
-    return True

@@ -1,21 +1,35 @@
 """Reading users' files. Every error names the file, the line and the fix."""
 
 import bz2
+import codecs
+import contextlib
 import glob
 import gzip
 import importlib
 import json
 import lzma
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow.parquet
 
+from corpus.json_array import ArrayReader
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
+BLOCK = 4_000_000  # bytes of records that are read, handed to a process and handled at a time
 TEXT_BLOCK = 1_000_000  # characters; a longer .txt without blank lines is cut at a line end
+
+
+class FormatError(ValueError):
+    """A record is not what a stage needs. The message has no file and line yet."""
+
+
+class Dropped(Exception):  # noqa: N818 it is no error
+    """A record that is of no use, which is counted. The message says why in a word or two."""
 
 
 def input_error(path, line: int | None, problem: str) -> ValueError:
@@ -64,6 +78,36 @@ def find_files(dataset: str) -> list[Path]:
     return found
 
 
+@dataclass(frozen=True)
+class Block:
+    """Consecutive records of one file, as they were read. The process that needs them parses them.
+
+    What a block holds depends on the file alone, so that results do not depend on who does what.
+    """
+
+    path: Path
+    line: int  # of the first record
+    content: list  # lines as bytes, record batches, or (line, record)
+    size: int  # bytes of the content
+    position: int  # bytes of the file, as it is stored, up to the end of this block
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        """(line, record) of each record. Errors as in iter_records."""
+        for number, item in enumerate(self.content, self.line):
+            if isinstance(item, tuple):
+                yield item
+            elif item.strip():
+                yield number, _parse_json(self.path, number, decode(self.path, number, item))
+
+
+class TableBlock(Block):
+    """Rows of a parquet file."""
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        rows = (row for batch in self.content for row in batch.to_pylist())
+        return enumerate(rows, self.line)
+
+
 def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
     """(line, record) of one file: JSON values, parquet rows as dicts, paragraphs of text as str.
 
@@ -72,52 +116,91 @@ def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: text is not UTF-8, or JSON is broken. Names the file and the line.
     """
+    for block in iter_blocks(path):
+        yield from block.records()
+
+
+def iter_blocks(path: Path) -> Iterator[Block]:
+    """The records of one file in blocks of BLOCK bytes. Errors as in iter_records."""
     kind = format_of(path)
-    if kind == ".parquet":
-        yield from _iter_parquet(path)
-    elif kind == ".txt":
-        yield from _iter_paragraphs(path)
-    elif kind == ".json":
-        yield from _iter_json(path)
-    else:
-        for number, line in _iter_lines(path):
-            if line.strip():
-                yield number, _parse_json(path, number, line)
+    with open(path, "rb") as stored:
+        if kind == ".parquet":
+            yield from _iter_parquet(path, stored)
+        elif kind == ".txt":
+            yield from _group(path, _iter_paragraphs(path, stored), stored.tell)
+        elif kind == ".json":
+            yield from _group(path, _iter_json(path, stored), stored.tell)
+        else:
+            yield from _group(path, _iter_raw_lines(path, stored), stored.tell)
 
 
-def _open(path: Path):
+def _group(path: Path, items: Iterator, position: Callable[[], int], kind=Block) -> Iterator[Block]:
+    """Blocks of (line, bytes), (line, record) or (line, batch). What was read precedes an error."""
+    content: list = []
+    first = size = 0
+    try:
+        for line, item in items:
+            first = first if content else line
+            is_record = not isinstance(item, bytes | pyarrow.RecordBatch)
+            content.append((line, item) if is_record else item)
+            size += size_of(item)
+            if size >= BLOCK:
+                yield kind(path, first, content, size, position())
+                content, size = [], 0
+    except ValueError:
+        if content:
+            yield kind(path, first, content, size, position())
+        raise
+    if content:
+        yield kind(path, first, content, size, position())
+
+
+def size_of(item) -> int:
+    """Bytes of what is read; of a parsed value about as many as its text has."""
+    if isinstance(item, bytes):
+        return len(item)
+    if isinstance(item, pyarrow.RecordBatch):
+        return item.nbytes
+    return len((item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)).encode())
+
+
+def _decompressed(path: Path, stored: BinaryIO):
     if path.suffix != ".zst":
         openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-        return openers.get(path.suffix, open)(path, "rb")
+        return openers.get(path.suffix, contextlib.nullcontext)(stored)
     try:  # not zstandard: it reads a file that was cut short without an error
         name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
-        return importlib.import_module(name).open(path)
+        return importlib.import_module(name).open(stored)
     except ImportError as error:
         fix = "reading .zst needs `pip install backports.zstd`."
         raise input_error(path, None, fix) from error
 
 
-def _iter_raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    with _open(path) as stream:
+@contextlib.contextmanager
+def _open(path: Path, stored: BinaryIO, line: Callable[[], int | None]) -> Iterator[Any]:
+    """The decompressed bytes. An archive's error becomes an input error at the line of line()."""
+    with _decompressed(path, stored) as stream:
         try:
-            for number, line in enumerate(stream, start=1):
-                yield number, line
+            yield stream
+        except ValueError:
+            raise  # an input error already
         except Exception as error:  # each archive module raises errors of its own
             if path.suffix not in COMPRESSIONS or getattr(error, "errno", None) is not None:
                 raise  # the disk has an error, not the archive
             problem = f"the archive is broken or cut short ({error})."
-            raise input_error(path, number + 1, problem) from error
+            raise input_error(path, line(), problem) from error
 
 
-def _iter_lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in _iter_raw_lines(path):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark: Windows editors add it
-        yield number, _decode(path, number, line)
+def _iter_raw_lines(path: Path, stored: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    with _open(path, stored, lambda: number + 1) as stream:
+        for number, line in enumerate(stream, start=1):
+            # Windows editors put a byte order mark before the first line.
+            yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
-def _decode(path: Path, number: int, line: bytes) -> str:
+def decode(path: Path, number: int, line: bytes) -> str:
+    """A line's text. An error names its file and line."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -133,33 +216,50 @@ def _parse_json(path: Path, number: int, text: str):
     text = text.rstrip()  # otherwise JSON that ends too early has its error on the next line
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = number + error.lineno - 1
-        shown = text.split("\n")[error.lineno - 1][:60]
-        raise input_error(
-            path, line, f"broken JSON at column {error.colno}: {error.msg} (the line: {shown!r})."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise input_error(path, number, f"JSON that cannot be read: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise _json_error(path, number, error) from error
 
 
-def _iter_json(path: Path) -> Iterator[tuple[int, object]]:
-    lines = list(_iter_lines(path))
-    text = "".join(line for _, line in lines)
-    first = text.lstrip()[:1]
-    if first == "[":
-        yield from enumerate(_parse_json(path, 1, text), start=1)
-    elif first == "{":  # JSON lines in a file named .json
-        for number, line in lines:
-            if line.strip():
-                yield number, _parse_json(path, number, line)
+def _json_error(path: Path, number: int, error: Exception) -> ValueError:
+    """The input error for JSON whose first line has this number."""
+    if not isinstance(error, json.JSONDecodeError):  # a number or a nesting beyond Python's limits
+        return input_error(path, number, f"JSON that cannot be read: {error}.")
+    shown = error.doc.split("\n")[error.lineno - 1][:60]
+    problem = f"broken JSON at column {error.colno}: {error.msg} (the line: {shown!r})."
+    return input_error(path, number + error.lineno - 1, problem)
+
+
+def _iter_json(path: Path, stored: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """The elements of an array, or JSON lines in a file that is named .json."""
+    lines = (line.lstrip() for _, line in _iter_raw_lines(path, stored))
+    first = next((line[:1] for line in lines if line), b"")
+    lines.close()
+    stored.seek(0)
+    if first == b"[":
+        yield from _iter_array(path, stored)
+    elif first == b"{":
+        yield from _iter_raw_lines(path, stored)
     else:
         raise input_error(path, 1, "a .json file must hold an array of objects or JSON lines.")
 
 
-def _iter_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
+def _iter_array(path: Path, stored: BinaryIO) -> Iterator[tuple[int, Any]]:
+    with _open(path, stored, lambda: None) as stream:
+        reader = ArrayReader(stream)
+        try:
+            yield from enumerate(reader.elements(), start=1)
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start]
+            line = error.object[before.rfind(b"\n") + 1 :].partition(b"\n")[0]
+            decode(path, reader.line + reader.text.count("\n") + before.count(b"\n"), line)
+        except (ValueError, RecursionError) as error:
+            raise _json_error(path, reader.line, error) from error
+
+
+def _iter_paragraphs(path: Path, stored: BinaryIO) -> Iterator[tuple[int, str]]:
     start, block, size = 1, [], 0
-    for number, line in _iter_lines(path):
+    for number, raw_line in _iter_raw_lines(path, stored):
+        line = decode(path, number, raw_line)
         if line.strip() and size < TEXT_BLOCK:
             block.append(line)
             size += len(line)
@@ -171,17 +271,24 @@ def _iter_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
         yield start, "".join(block).rstrip("\r\n")
 
 
-def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
-    source = path
+def _iter_parquet(path: Path, stored: BinaryIO) -> Iterator[Block]:
+    source: Any = path
     if path.suffix in COMPRESSIONS:
-        source = pyarrow.BufferReader(b"".join(line for _, line in _iter_raw_lines(path)))
+        source = pyarrow.BufferReader(b"".join(line for _, line in _iter_raw_lines(path, stored)))
     try:
         file = pyarrow.parquet.ParquetFile(source)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        row = 0
+
+        def batches():
+            nonlocal row
+            for batch in file.iter_batches(batch_size=256):
+                yield row + 1, batch
+                row += len(batch)
+
+        def position() -> int:
+            return path.stat().st_size * row // max(file.metadata.num_rows, 1)
+
+        yield from _group(path, batches(), position, TableBlock)
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
@@ -191,4 +298,5 @@ def _iter_parquet(path: Path) -> Iterator[tuple[int, object]]:
 
 def read_text(path: Path) -> str:
     """A whole file as text. Errors as in iter_records."""
-    return "".join(line for _, line in _iter_lines(path))
+    with open(path, "rb") as stored:
+        return "".join(decode(path, *line) for line in _iter_raw_lines(path, stored))

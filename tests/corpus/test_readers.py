@@ -244,7 +244,7 @@ def test_a_disk_error_is_not_taken_for_a_broken_file(tmp_path, monkeypatch):
         read(path)
     monkeypatch.setattr(pq, "ParquetFile", lambda _: list(broken_disk()))
     with pytest.raises(OSError, match="Input/output error"):
-        read(tmp_path / "a.parquet")
+        read(put(tmp_path, "a.parquet", b"anything"))
 
 
 @pytest.mark.parametrize("damage", ["no parquet", "cut", "pages", "footer"])

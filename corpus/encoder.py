@@ -1,0 +1,148 @@
+"""Text to token ids, as fast as one core can: equal to tokenizer.encode_plain, id for id.
+
+tiktoken takes less than half the time of the tokenizers library. A tokenizer has a list of merges,
+while tiktoken merges any two neighbours that give a known token. Both give the same ids: until two
+neighbours merge to a token, nothing has merged across the bytes of this token, so they have merged
+as they do when the token stands alone. The two that are left then are always the same, and the
+list has them. A token that does not come out when it stands alone never arises: tiktoken is not
+told of it.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+
+import numpy as np
+import tiktoken
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from tokenizer import QWEN2_SPLIT, encode_plain
+
+# The two libraries split text with different engines for regular expressions. For these ones it was
+# tried, with every character of Unicode, that they do the same. Llama 3 groups three digits.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPLITS = {QWEN2_SPLIT, QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")}
+# Settings that change what a byte-level BPE does, with the values at which they change nothing.
+WITHOUT_EFFECT = {
+    "dropout": (None, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (False, None),
+}
+
+
+class Encoder:
+    """Encodes plain text. Nothing in it becomes a control token. Can be sent to a process."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        self.fast = fast_bpe(tokenizer)
+
+    def __call__(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """Ids of each text, uint32."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        ids = self.fast.encode(text) if self.fast else None
+        if ids is None:
+            ids = np.array(encode_plain(self.tokenizer, [text])[0], dtype=np.uint32)
+        return ids
+
+
+class FastBPE:
+    """tiktoken's encoder with the merges of a byte-level BPE.
+
+    Args:
+        ids: of each rank, uint32. A rank is a byte, or 256 + the number of a merge.
+        own_tokens: added tokens that stand for themselves in any text; such a text is left to
+            the tokenizer.
+        needs_nfc: the tokenizer normalizes text; text that is not normal is left to it.
+    """
+
+    def __init__(self, split, ranks: dict[bytes, int], ids: np.ndarray, own_tokens, needs_nfc):
+        self.encoding = tiktoken.Encoding(
+            "plain", pat_str=split, mergeable_ranks=ranks, special_tokens={}
+        )
+        self.ids, self.needs_nfc = ids, needs_nfc
+        self.own_tokens = re.compile("|".join(map(re.escape, own_tokens))) if own_tokens else None
+
+    def encode(self, text: str) -> np.ndarray | None:
+        """Ids, uint32; None where the tokenizer has to do it."""
+        if self.needs_nfc and not unicodedata.is_normalized("NFC", text):
+            return None
+        if self.own_tokens and self.own_tokens.search(text):
+            return None
+        try:
+            return self.ids[self.encoding.encode_to_numpy(text, disallowed_special=())]
+        except ValueError:  # its regular expressions cannot take 100,000 spaces
+            return None
+
+
+def fast_bpe(tokenizer: PreTrainedTokenizerBase) -> FastBPE | None:
+    """The fast encoder of a tokenizer; None where it would not be equal, or is not known to be."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    specification = json.loads(backend.to_str())
+    model, split = specification["model"], _split_of(specification["pre_tokenizer"])
+    normalizer = specification["normalizer"]
+    has_effect = any(model.get(key) not in values for key, values in WITHOUT_EFFECT.items())
+    if model["type"] != "BPE" or split is None or has_effect or normalizer not in (None, NFC):
+        return None
+    own_tokens = [t["content"] for t in specification["added_tokens"] if not t["special"]]
+    ranks = _ranks(model)
+    if ranks is None:
+        return None
+    ids = np.zeros(256 + len(model["merges"]), dtype=np.uint32)
+    for token, rank in ranks.items():
+        ids[rank] = model["vocab"]["".join(BYTE_CHARACTERS[byte] for byte in token)]
+    return FastBPE(split, ranks, ids, own_tokens, normalizer is not None)
+
+
+NFC = {"type": "NFC"}
+
+
+def _split_of(pre_tokenizer: dict | None) -> str | None:
+    """The regular expression by which text is split into words."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    last = steps[-1]
+    if last.get("type") != "ByteLevel" or last["add_prefix_space"] or len(steps) > 2:
+        return None
+    if len(steps) == 1:
+        return GPT2_SPLIT if last["use_regex"] else None
+    first = steps[0]
+    is_split = first.get("type") == "Split" and first["behavior"] == "Isolated"
+    split = first["pattern"].get("Regex") if is_split and not first["invert"] else None
+    return split if split in SPLITS and not last["use_regex"] else None
+
+
+def _ranks(model: dict) -> dict[bytes, int] | None:
+    """The rank of each token that can arise, by its bytes; None if there is no one order of them."""
+    byte_of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
+    ranks = {bytes([byte]): byte for byte in range(256) if BYTE_CHARACTERS[byte] in model["vocab"]}
+    if len(ranks) < 256:
+        return None
+    alone = Tokenizer.from_str(json.dumps({"model": model | {"ignore_merges": False}})).model
+    last = None
+    for rank, merge in enumerate(model["merges"], start=256):
+        token = "".join(merge if isinstance(merge, list) else merge.split(" "))
+        if token != last and len(alone.tokenize(token)) == 1:
+            content = bytes(byte_of[character] for character in token)
+            if content in ranks:  # two merges give it, and others come between them
+                return None
+            ranks[content] = rank
+        last = token
+    is_direct = model.get("ignore_merges") and len(ranks) < len(model["vocab"])
+    return None if is_direct else ranks
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level BPE."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+BYTE_CHARACTERS = _byte_characters()

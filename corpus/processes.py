@@ -1,0 +1,92 @@
+"""Work on all cores: results come in the order of the work, whoever did it."""
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any
+
+AHEAD = 2  # pieces of work that wait for each process, which bounds the memory
+
+
+def count_cores() -> int:
+    """Cores that this process may use, which a container can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def map_in_order(work: Callable, items: Iterable, num_proc: int) -> Iterator[Any]:
+    """work(item) of each item, in the order of the items. One process: in this one.
+
+    Raises:
+        MemoryError: the system killed one of the processes.
+        What work() raises, for the first item that fails.
+    """
+    if num_proc <= 1:
+        with _one_thread():
+            yield from map(work, items)
+        return
+    # A forked process has the tokenizer already. Where it cannot fork it is sent to the others.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pending: deque = deque()
+    with ProcessPoolExecutor(num_proc, context, _start, (work,)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(_call, item))
+                if len(pending) > AHEAD * num_proc:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise MemoryError(
+                "A process that prepares data was killed, as the system does when memory ends. "
+                f"Run the same command with a lower --num_proc (it was {num_proc})."
+            ) from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+_work: Callable = len  # in a process of the pool: what it does
+
+
+def _start(work: Callable):
+    """The start of a process of the pool."""
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the pool
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """A killed parent cannot end its pool."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        parent.join()
+        os._exit(1)
+
+
+def _call(item):
+    return _work(item)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of tokenizers, as in the processes of a pool."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
