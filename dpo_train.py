@@ -47,7 +47,11 @@ wandb_config = {
     "max_chosen_logp_drop": 1.0,  # nats per token of chosen validation answers; then warn
     "stop_on_collapse": False,  # stop instead of warning
     # data
-    "dataset": "data/dpo_sample.jsonl",  # file, folder or glob
+    "dataset": "data/dpo_sample.jsonl",  # file, folder, glob, Hub name; or {name: share}
+    "max_dataset_bytes": None,  # read so much of each dataset; None: all of it
+    "validation_tokens": 1_000_000,  # held out at most, and at most 5 % of the questions
+    "num_proc": None,  # processes that prepare the data; None: one for each core
+    "verify_data": False,  # read every file again, though its date and size are the same
     "num_workers": 2,  # processes that collate pairs ahead
     # optimization
     "batch_size": 8,  # pairs of one forward pass; "auto": as many of 32 as fit
@@ -128,7 +132,7 @@ def train_dpo(
             config["dataset"],
             config["max_length"],
             split=None,
-            cache_dir=f"{config['output_dir']}/cache",
+            **cache.options_of(config),
         )
         cache.check_splits(splits, config["dataset"])
     fingerprint = cache.data_fingerprint(splits["train"])

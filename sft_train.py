@@ -38,7 +38,11 @@ wandb_config = {
     "max_length": 256,  # tokens of a row; conversations are packed into it whole
     "dropout": 0.0,  # on embeddings, attention and the outputs of each block
     # data
-    "dataset": "data/sft_sample.jsonl",  # file, folder or glob
+    "dataset": "data/sft_sample.jsonl",  # file, folder, glob, Hub name; or {name: share}
+    "max_dataset_bytes": None,  # read so much of each dataset; None: all of it
+    "validation_tokens": 1_000_000,  # held out at most, and at most 5 % of the questions
+    "num_proc": None,  # processes that prepare the data; None: one for each core
+    "verify_data": False,  # read every file again, though its date and size are the same
     "pretrain_mix_ratio": 0.0,  # share of rows from pretrain_dataset, against forgetting
     "pretrain_dataset": "data/pretrain_sample.jsonl",  # plain text to mix in
     "num_workers": 2,  # processes that collate rows ahead
@@ -118,7 +122,7 @@ def train_sft(
             config["dataset"],
             config["max_length"],
             split=None,
-            cache_dir=f"{config['output_dir']}/cache",
+            **cache.options_of(config),
         )
         cache.check_splits(splits, config["dataset"])
         if config["pretrain_mix_ratio"]:
@@ -227,7 +231,7 @@ def mix_in_pretraining(rows: Dataset, config: dict) -> Dataset:
         config["init_from"],
         config["pretrain_dataset"],
         config["max_length"],
-        cache_dir=f"{config['output_dir']}/cache",
+        **cache.options_of(config),
     )
     count = min(len(texts["train"]), round(len(rows) * ratio / (1 - ratio)))
     shuffled = np.random.Generator(np.random.PCG64(config["seed"])).permutation(len(texts["train"]))

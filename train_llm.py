@@ -41,9 +41,15 @@ wandb_config = {
     "top_k": 2,  # experts per token
     "moe_d_ff": None,  # width of one expert; None: d_ff
     # data
-    "dataset": "data/pretrain_sample.jsonl",  # file, folder, glob or Hub dataset
+    "dataset": "data/pretrain_sample.jsonl",  # file, folder, glob, Hub name; or {name: share}
+    "text_column": None,  # None: the first of text, content, completion
+    "max_dataset_bytes": None,  # read so much of each dataset; None: all of it
+    "validation_tokens": 1_000_000,  # held out at most, and at most 5 % of the documents
+    "num_proc": None,  # processes that prepare the data; None: one for each core
+    "verify_data": False,  # read every file again, though its date and size are the same
     "tokenizer_path": None,  # folder or Hub name; None: train one on the dataset
     "vocab_size": 6400,  # of the tokenizer trained here
+    "tokenizer_megabytes": 10,  # of text that it is trained on
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
     "batch_size": 32,  # rows of one forward pass; "auto": as many of 32 as fit
@@ -112,7 +118,9 @@ def train(
             config["dataset"],
             config["max_seq_len"],
             config["vocab_size"],
-            cache_dir=f"{config['output_dir']}/cache",
+            config["text_column"],
+            config["tokenizer_megabytes"],
+            **cache.options_of(config),
         )
     collate = PackedCollator(config["max_seq_len"], tokenizer.pad_token_id)
     fingerprint = cache.data_fingerprint(splits["train"])

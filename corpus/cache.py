@@ -17,7 +17,7 @@ from engine.disk import atomic_folder, cache_lock, settings_hash, write_whole
 from tokenizer import token_byte_lengths
 
 SPLITS = ("train", "validation")
-# The keys of wandb_config that every stage hands on to its data.
+# Keys of wandb_config, equal in the three stages.
 KEYS = ("validation_tokens", "max_dataset_bytes", "num_proc", "verify_data")
 
 
@@ -45,6 +45,12 @@ class Options:
             raise ValueError(
                 f"validation_ratio={self.validation_ratio} must be between 0 and 1."
             )
+
+
+def options_of(config: dict) -> dict:
+    """The options among the keys of a stage's wandb_config."""
+    chosen = {key: config[key] for key in KEYS}
+    return chosen | {"cache_dir": f"{config['output_dir']}/cache"}
 
 
 class Data:

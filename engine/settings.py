@@ -21,15 +21,18 @@ CHOICES = {
 }
 AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epochs", "top_k"} | {
     "gradient_accumulation_steps", "keep_checkpoints", "max_seq_len", "max_length", "n_kv_heads",
-    "moe_d_ff",
+    "moe_d_ff", "validation_tokens", "tokenizer_megabytes", "num_proc", "max_dataset_bytes",
 }  # fmt: skip
 # With batch_size "auto" a step has this number of rows times gradient_accumulation_steps.
 AUTO_ROWS = 32
 LARGEST = 2**31 - 1  # of any number: larger ones overflow int32
 AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio"), 1)
-AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20) | {"num_workers": 1024}
+AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20)
+AT_MOST |= {"num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
 # Keys that may be None, with an example of another value.
 OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
+OPTIONAL |= {"text_column": "", "num_proc": 1, "max_dataset_bytes": 1.0}  # 2e9 is no int
+DATASETS = ("dataset", "pretrain_dataset")  # one name, a list of names, or {name: share}
 
 
 def resolve(defaults: dict, overrides: dict | None) -> dict:
@@ -63,6 +66,9 @@ def find_problem(key: str, value, default) -> str | None:
         return None
     if key == "batch_size" and value == "auto":
         return None
+    if key in DATASETS and isinstance(value, dict | list | tuple):
+        rule = _broken_datasets_rule(value)
+        return f"{key}={shorten(value)} must be {rule}" if rule else None
     if key in OPTIONAL:
         if value is None:
             return None
@@ -86,6 +92,15 @@ def _broken_number_rule(key: str, value, whole: bool) -> str | None:
         return f"at least {smallest}"
     if value > (largest := AT_MOST.get(key, LARGEST)):
         return f"at most {largest}"
+    return None
+
+
+def _broken_datasets_rule(value) -> str | None:
+    """A list of names, or a dict of names with the share of each in the text."""
+    shares = value.values() if isinstance(value, dict) else [1.0]
+    numbers = [share for share in shares if isinstance(share, int | float) and 0 < share < math.inf]
+    if not value or any(_broken_text_rule(name) for name in value) or len(numbers) < len(shares):
+        return "a name, a list of names, or names with shares above 0: {'a.jsonl': 0.7, 'b/': 0.3}"
     return None
 
 
@@ -149,6 +164,8 @@ def _reader(key: str, default):
     keep_text = isinstance(default, str) and key not in CHOICES
 
     def read(text: str):
+        if key in DATASETS:
+            return parse_datasets(text.split("\n"))
         return text if keep_text and text.lower() != "none" else parse_value(text)
 
     return read
@@ -163,6 +180,21 @@ def parse_value(text: str):
         with contextlib.suppress(ValueError):
             return kind(text)
     return text
+
+
+def parse_datasets(words: list[str]):
+    """['a'] -> 'a'; ['a', 'b'] -> ['a', 'b']; ['a=0.7', 'b=0.3'] -> {'a': 0.7, 'b': 0.3}."""
+    shares: dict = {}
+    for word in words:
+        name, sign, share = word.rpartition("=")
+        with contextlib.suppress(ValueError):
+            if sign and not os.path.exists(word):
+                shares[name] = float(share)
+    if len(shares) == len(words):
+        return shares
+    if shares:
+        raise ValueError(f"--dataset {' '.join(words)}: write a share behind every name, or none.")
+    return words if len(words) > 1 else words[0]
 
 
 def parse_arguments(words: list[str], stage_function, defaults: dict) -> dict:
@@ -180,12 +212,18 @@ def parse_arguments(words: list[str], stage_function, defaults: dict) -> dict:
 
 
 def join_values(words: list[str]) -> list[str]:
-    """['--key', 'value'] -> ['--key=value']: argparse takes a value such as -1e-3 for an option."""
+    """['--key', 'value'] -> ['--key=value']: argparse takes a value such as -1e-3 for an option.
+
+    The names of several datasets become lines of one value.
+    """
     joined: list[str] = []
     for word in words:
         last = joined[-1] if joined else ""
-        if last.startswith("--") and "=" not in last and not word.startswith("--"):
+        is_value = last.startswith("--") and not word.startswith("--")
+        if is_value and "=" not in last:
             joined[-1] = f"{last}={word}"
+        elif is_value and last[2:].partition("=")[0] in DATASETS:
+            joined[-1] = f"{last}\n{word}"
         else:
             joined.append(word)
     return joined
