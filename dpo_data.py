@@ -24,19 +24,11 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import (
-    FormatError,
-    Renderer,
-    flatten,
-    iter_conversations,
-    parse_messages,
-    text_of,
-    to_messages,
-    truncate,
-)
+from corpus.chat_format import Renderer, flatten, iter_conversations, truncate
 from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit
 from corpus.readers import find_files
+from corpus.records import to_pair
 from engine.disk import content_hash
 from engine.report import print_lines
 from engine.runs import find_final
@@ -44,7 +36,7 @@ from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
 BATCH = 4096  # pairs rendered at a time, which bounds the memory
-CACHE_VERSION = 2  # raise it when the rows made from the same pairs change
+CACHE_VERSION = 3  # raise it when the rows made from the same pairs change
 IDS = pa.list_(pa.uint32())
 SCHEMA = pa.schema(
     [("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), ("chosen_bytes", pa.int64())]
@@ -62,8 +54,8 @@ def prepare_dpo_data(
     """Preference records -> pairs of token ids; and the collator that packs pairs into rows.
 
     Args:
-        data_path: file, folder or glob of records with `chosen` and `rejected` (text or messages)
-            and `instruction` (+ `input`), `prompt`, `messages` or `conversations`.
+        data_path: file, folder or glob of the DPO records in corpus/records.py; None: the bundled
+            sample.
         max_length: tokens of a question with either of its answers.
         split: "train", "validation", or None for a DatasetDict of both.
 
@@ -87,45 +79,6 @@ def prepare_dpo_data(
         flush=True,
     )
     return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id, max_length)
-
-
-def to_pair(record: dict) -> tuple[list[dict], str, str]:
-    """(prompt messages, chosen text, rejected text) of any accepted record.
-
-    Raises:
-        FormatError: names what is missing and what was found.
-    """
-    if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise FormatError(f'expected "chosen" and "rejected"; found {found}')
-    before, chosen = _answer(record["chosen"], "chosen")
-    before_rejected, rejected = _answer(record["rejected"], "rejected")
-    prompt = record.get("prompt")
-    if isinstance(prompt, list):
-        prompt = parse_messages(prompt, "prompt")
-    elif prompt is not None:
-        prompt = [{"role": "user", "content": text_of(prompt, "prompt")}]
-    elif {"instruction", "messages", "conversations"} & record.keys():
-        prompt = to_messages(record, response_keys=())
-    elif before:
-        if before != before_rejected:
-            raise FormatError("chosen and rejected must begin with the same messages")
-        prompt = before
-    else:
-        raise FormatError(f'expected "instruction" or "prompt"; found keys {sorted(record)}')
-    if prompt[-1]["role"] != "user":
-        raise FormatError("the prompt must end with a user's message")
-    return prompt, chosen, rejected
-
-
-def _answer(value, key: str) -> tuple[list[dict], str]:
-    """(messages before it, text) of an answer given as text, message or list of messages."""
-    if isinstance(value, str):
-        return [], text_of(value, key)
-    messages = parse_messages([value] if isinstance(value, dict) else value, key)
-    if messages[-1]["role"] != "assistant":
-        raise FormatError(f"{key!r} must end with an assistant's message")
-    return messages[:-1], messages[-1]["content"]
 
 
 def _iter_pairs(path: str, counts: Counter) -> Iterator[tuple[list[dict], str, str]]:

@@ -18,9 +18,10 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
+from corpus.chat_format import Renderer, flatten, iter_conversations, truncate
 from corpus.packing import PackedCollator, best_fit
 from corpus.readers import find_files
+from corpus.records import to_messages
 from engine.disk import content_hash
 from engine.report import print_lines
 from engine.runs import find_final
@@ -29,7 +30,7 @@ from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
 BATCH = 4096  # conversations rendered and packed at a time, which bounds the memory
-CACHE_VERSION = 2  # raise it when the rows made from the same conversations change
+CACHE_VERSION = 3  # raise it when the rows made from the same conversations change
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.uint32())),
@@ -50,8 +51,8 @@ def prepare_sft_data(
     """Conversations -> packed rows of input_ids, position_ids, labels; and their collator.
 
     Args:
-        data_path: file, folder or glob of records with `instruction` (+ `input`) and `response` or
-            `output`, or `messages`, or `conversations`; None: the bundled sample.
+        data_path: file, folder or glob of the SFT records in corpus/records.py; None: the bundled
+            sample.
         max_length: tokens of a row; conversations are packed into it whole.
         split: "train", "validation", or None for a DatasetDict of both.
 

@@ -1,6 +1,6 @@
-"""Conversations: records of every accepted format -> messages -> ids with a loss mask.
+"""Conversations: plain messages (corpus/records.py makes them) -> ids with a loss mask.
 
-A message is {"role": "system" | "user" | "assistant", "content": text}. Rendering is ChatML:
+A message is {"role", "content"}; its role is system, user, assistant or tool. It becomes ChatML:
 
     <|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n…<|im_end|>\\n
 
@@ -15,99 +15,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from corpus.readers import find_files, input_error, iter_records
+from corpus.records import FormatError
 from tokenizer import IM_END, IM_START, encode_plain
 
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
-ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SHORTEST_PROMPT = 16  # tokens of the question that are kept when an answer is too long by itself
-
-
-class FormatError(ValueError):
-    """A record is not a conversation. The message has no file and line yet."""
-
-
-def to_messages(record: dict, response_keys=("response", "output")) -> list[dict]:
-    """messages | conversations (ShareGPT) | instruction (+ input, system, history) and a reply.
-
-    Raises:
-        FormatError: names what is missing and what was found.
-    """
-    if not isinstance(record, dict):
-        raise FormatError(f"expected an object, found {type(record).__name__}")
-    for key in ("messages", "conversations"):
-        if key in record:
-            messages = parse_messages(record[key], key)
-            break
-    else:
-        messages = _from_instruction(record, response_keys)
-    system = record.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": text_of(system, "system")})
-    return messages
-
-
-def parse_messages(value, key: str) -> list[dict]:
-    """A list of {role, content} or ShareGPT's {from, value}, with the three roles of ChatML."""
-    if not isinstance(value, list) or not value:
-        raise FormatError(f"{key!r} must be a non-empty list of messages")
-    messages = []
-    for number, item in enumerate(value, start=1):
-        if not isinstance(item, dict):
-            wanted = '{"role": …, "content": …}'
-            found = type(item).__name__
-            raise FormatError(f"message {number} of {key!r} must be {wanted}, found {found}")
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise FormatError(
-                f"message {number} of {key!r} has role {role!r}; known: {', '.join(ROLES)}"
-            )
-        messages.append({"role": ROLES[role], "content": text_of(content, f"message {number}")})
-        if messages[-1]["role"] == "system" and number > 1:
-            raise FormatError(
-                f"message {number} of {key!r} is a system message: only the first may be"
-            )
-    return messages
-
-
-def _from_instruction(record: dict, response_keys: tuple[str, ...]) -> list[dict]:
-    response_key = next((key for key in response_keys if key in record), None)
-    if "instruction" not in record or (response_keys and response_key is None):
-        wanted = f'"instruction" and "{response_keys[0]}"' if response_keys else '"instruction"'
-        raise FormatError(
-            f'expected {wanted}, "messages" or "conversations"; found keys {sorted(record)}'
-        )
-    question = text_of(record["instruction"], "instruction")
-    if record.get("input"):
-        question += "\n" + text_of(record["input"], "input")
-    messages = _from_history(record.get("history") or [])
-    messages.append({"role": "user", "content": question})
-    if response_key:
-        reply = text_of(record[response_key], response_key)
-        messages.append({"role": "assistant", "content": reply})
-    return messages
-
-
-def _from_history(turns) -> list[dict]:
-    is_list = isinstance(turns, list)
-    if not is_list or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
-        raise FormatError('"history" must be a list of [question, answer]')
-    return [
-        {"role": role, "content": text_of(text, "history")}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
-def text_of(value, where: str) -> str:
-    if not isinstance(value, str):
-        raise FormatError(f"{where} must be text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(
-            f"{where} has a lone surrogate, which is no character: take it out"
-        ) from error
-    return value
+# The header of each role. To a model a tool's result is said by the user, as in Qwen3's template.
+HEADERS = {"system": "system\n", "user": "user\n", "assistant": "assistant\n", "tool": "user\n"}
 
 
 def iter_conversations(data_path: str, parse) -> Iterator:
@@ -122,7 +35,10 @@ def iter_conversations(data_path: str, parse) -> Iterator:
 
 @dataclass
 class Turn:
-    """One rendered message: header ids (`<|im_start|>role\\n`), content ids, and end ids."""
+    """One rendered message: header ids (`<|im_start|>role\\n`), content ids, and end ids.
+
+    Tool results that follow each other are one turn.
+    """
 
     role: str
     header: list[int]
@@ -140,19 +56,33 @@ class Renderer:
         self.tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab()
         self.start, self.stop = vocabulary[IM_START], vocabulary[IM_END]
-        plain = encode_plain(tokenizer, ["\n", *(f"{role}\n" for role in set(ROLES.values()))])
+        plain = encode_plain(tokenizer, ["\n", *HEADERS.values()])
         self.newline = plain[0]
-        self.headers = dict(zip(set(ROLES.values()), plain[1:], strict=True))
+        self.headers = dict(zip(HEADERS, plain[1:], strict=True))
 
     def render(self, conversations: list[list[dict]]) -> list[list[Turn]]:
-        contents = [message["content"] for messages in conversations for message in messages]
+        turns = [_join_tool_results(messages) for messages in conversations]
+        contents = [content for conversation in turns for _, content in conversation]
         encoded = iter(encode_plain(self.tokenizer, contents))
         return [
-            [self._turn(m["role"], next(encoded)) for m in messages] for messages in conversations
+            [self._turn(role, next(encoded)) for role, _ in conversation] for conversation in turns
         ]
 
     def _turn(self, role: str, content: list[int]) -> Turn:
         return Turn(role, [self.start, *self.headers[role]], content, [self.stop, *self.newline])
+
+
+def _join_tool_results(messages: list[dict]) -> list[tuple[str, str]]:
+    """(role, content) of each turn."""
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            content = f"<tool_response>\n{content}\n</tool_response>"
+            if turns and turns[-1][0] == "tool":
+                content = f"{turns.pop()[1]}\n{content}"
+        turns.append((role, content))
+    return turns
 
 
 def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -176,7 +106,8 @@ def flatten(turns: list[Turn]) -> tuple[list[int], list[bool]]:
 def truncate(turns: list[Turn], max_length: int) -> bool:
     """Shorten a conversation in place to max_length tokens, keeping its last reply.
 
-    The oldest exchanges go first, then the beginning of the last question, then the system
+    The oldest exchanges go first. An exchange is a user's turn and all up to the next one, with
+    tool calls and their results. Then goes the beginning of the last question, then the system
     message. The reply is cut at its end only when it is too long by itself.
 
     Returns whether the reply was cut.
@@ -187,15 +118,18 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
         return sum(map(len, turns)) - max_length
 
     first = 1 if turns[0].role == "system" else 0
-    while excess() > 0 and len(turns) - first > 2:
+    asked = [number for number, turn in enumerate(turns[:-1]) if turn.role == "user"]
+    kept = len(turns) - asked[-1] if asked else 2  # turns from the last question on
+    while excess() > 0 and len(turns) - first > kept:
         del turns[first]
-        while len(turns) - first > 2 and turns[first].role != "user":
+        while len(turns) - first > kept and turns[first].role != "user":
             del turns[first]
-    question = turns[-2] if len(turns) > 1 else None
+    question = turns[-kept] if len(turns) >= kept else None
     if excess() > 0 and question:
-        kept = max(len(question.content) - excess(), min(SHORTEST_PROMPT, len(question.content)))
-        question.content = question.content[len(question.content) - kept :]
-    if excess() > 0 and first and len(turns) > 2:
+        length = max(len(question.content) - excess(), min(SHORTEST_PROMPT, len(question.content)))
+        question.content = question.content[len(question.content) - length :]
+    # The system message defines the tools: no call is learned without it.
+    if excess() > 0 and first and len(turns) > 2 and all(turn.role != "tool" for turn in turns):
         del turns[0]
     if excess() <= 0:
         return False

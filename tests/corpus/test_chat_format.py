@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.chat_format import FormatError, Renderer, flatten, to_messages, truncate
+from corpus.chat_format import Renderer, flatten, truncate
+from corpus.records import FormatError, to_messages
 
 TALK = [
     {"role": "system", "content": "你是助手。"},

@@ -9,8 +9,8 @@ import torch
 from tiny import dpo_config, no_training, write_jsonl
 
 from corpus.cache import check_splits
-from corpus.chat_format import FormatError
-from dpo_data import PairCollator, inspect, prepare_dpo_data, to_pair
+from corpus.records import FormatError, to_pair
+from dpo_data import PairCollator, inspect, prepare_dpo_data
 from dpo_train import train_dpo
 from engine.preference import shared_question_mask
 

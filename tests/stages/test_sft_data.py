@@ -12,7 +12,8 @@ from tiny import no_training, sft_config, tiny_model, write_jsonl
 
 import sft_data
 from corpus.cache import check_splits
-from corpus.chat_format import Renderer, flatten, to_messages
+from corpus.chat_format import Renderer, flatten
+from corpus.records import to_messages
 from sft_data import inspect, prepare_sft_data
 from sft_train import train_sft
 
