@@ -80,14 +80,14 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
     if not isinstance(name, str) or name not in {*ROLES, *CALLS}:
         raise FormatError(f"{where} has role {name!r}; known: {', '.join([*ROLES, *CALLS])}")
     content = item.get("content", item.get("value", ""))
+    role = "assistant" if name in CALLS else ROLES[name]
+    fields = _fields(item, role, where)
     if name in CALLS:
-        message = {"role": "assistant", "content": "", "tool_calls": parse_calls(content, where)}
-        return message, True
-    message = {"role": ROLES[name], "content": text_of(content, where)}
-    message |= _fields(item, message["role"], where)
-    if len(message) == 2 and not {"content", "value"} & item.keys():
+        calls = [*fields.get("tool_calls", []), *parse_calls(content, where)]
+        return {"role": role, "content": "", **fields, "tool_calls": calls}, not fields
+    if not fields and not {"content", "value"} & item.keys():
         raise FormatError(f"{where} has no content")
-    return message, False
+    return {"role": role, "content": text_of(content, where), **fields}, False
 
 
 def _fields(item: dict, role: str, where: str) -> dict:

@@ -66,7 +66,7 @@ FORMATS = (
     Format("ms-swift", SFT, ("query",), ("response",), REPLY),
     Format("Firefly", SFT, ("input",), ("target",), REPLY),
     Format("Chinese-DeepSeek-R1-Distill", SFT, ("input",), ("content",), REPLY),
-    Format("Alpaca without `instruction`", SFT, ("input",), ("output",), REPLY),
+    Format("Alpaca, `instruction` = null", SFT, ("input",), ("output",), REPLY),
     Format("ms-swift", DPO, (), ("messages", "rejected_response"), AROUND),
     Format("ms-swift", DPO, (), ("messages", "rejected_messages"), AROUND),
     Format("MedicalGPT", DPO, ("question",), ("response_chosen", "response_rejected"), CONTEXT),

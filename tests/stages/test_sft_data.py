@@ -48,8 +48,8 @@ def test_a_json_array_and_json_lines_give_the_same_rows(tmp_path, tokenizer):
 BAD = {
     "missing key": (
         {"instruction": "问", "answer": "答"},
-        r'sft\.jsonl:2: expected "instruction" and "response", "messages" or "conversations"; '
-        r"found keys \['answer', 'instruction'\]",
+        r'sft\.jsonl:2: "response" is missing beside "instruction"; '
+        r"found keys \['answer', 'instruction'\]; accepted: .*\"conversations\" \| ",
     ),
     "history": (
         {"instruction": "问", "response": "答", "history": [["问"]]},
@@ -57,8 +57,8 @@ BAD = {
     ),
     "not text": ({"instruction": 3, "response": "答"}, r":2: instruction must be text, found int"),
     "role": (
-        {"messages": [{"role": "tool", "content": "x"}]},
-        r":2: .* has role 'tool'; known: sys",
+        {"messages": [{"role": "narrator", "content": "x"}]},
+        r":2: .* has role 'narrator'; known: sys",
     ),
     "no list": ({"messages": "x"}, r":2: 'messages' must be a non-empty list"),
     "no object": ([1], r":2: expected an object, found list"),
