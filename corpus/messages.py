@@ -84,6 +84,8 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
     fields = _fields(item, role, where)
     if name in CALLS:
         calls = [*fields.get("tool_calls", []), *parse_calls(content, where)]
+        if not calls:
+            raise FormatError(f"{where} is a tool call and has none")
         return {"role": role, "content": "", **fields, "tool_calls": calls}, not fields
     if not fields and not {"content", "value"} & item.keys():
         raise FormatError(f"{where} has no content")
@@ -111,7 +113,7 @@ def _fields(item: dict, role: str, where: str) -> dict:
 def parse_calls(value, where: str) -> list[dict]:
     """Tool calls as a list, one call, or JSON text of either -> [{name, arguments}]."""
     where = f"'tool_calls' of {where}"
-    calls = from_json(value, where)
+    calls = from_json(value, where) or []
     return [_parse_call(c, where) for c in (calls if isinstance(calls, list) else [calls])]
 
 
@@ -130,7 +132,7 @@ def _parse_call(call, where: str) -> dict:
 
 def parse_tools(value, where: str) -> list[dict]:
     """Definitions of tools as a list, one definition, or JSON text of either."""
-    tools = from_json(value, where)
+    tools = from_json(value, where) or []
     tools = [from_json(tool, where) for tool in (tools if isinstance(tools, list) else [tools])]
     if not all(isinstance(tool, dict) for tool in tools):
         raise FormatError(f"{where} must be a list of objects, each the definition of a tool")

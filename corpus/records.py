@@ -174,7 +174,7 @@ def _question(fields: dict, row: Format) -> list[dict]:
 
 def _history(value) -> list[dict]:
     """Earlier turns: a list of [question, answer] or of messages, or JSON text of either."""
-    turns = from_json(value, "'history'") if value else []
+    turns = (from_json(value, "'history'") if value else None) or []
     if turns and isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
         return parse_messages(turns, "history")
     is_list = isinstance(turns, list)
@@ -199,12 +199,11 @@ def _answer(value, key: str) -> tuple[list[dict] | None, dict]:
 
 def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
     """Messages that begin with the record's own `system` and `tools`, where it has them."""
-    system, tools = fields.get("system") or "", fields.get("tools") or []
+    system = text_of(fields.get("system", ""), "system")
+    tools = parse_tools(fields.get("tools") or [], "'tools'")
     if not system and not tools:
         return messages
-    stated: dict = {"role": "system", "content": text_of(system, "system")}
-    if parsed := parse_tools(tools, "'tools'"):
-        stated["tools"] = parsed
+    stated: dict = {"role": "system", "content": system} | ({"tools": tools} if tools else {})
     if messages[0]["role"] != "system":
         return [stated, *messages]
     first = messages[0]

@@ -109,7 +109,7 @@ def test_tools_are_defined_in_the_system_message_wherever_they_were_given(tools)
 
 
 def test_no_tools_are_no_words():
-    for tools in ("", "[]", [], None):
+    for tools in ("", "[]", "null", [], None):
         assert talk(USER, REPLY, tools=tools) == [USER, REPLY]
         assert talk({"role": "system", "content": "甲", "tools": tools}, USER, REPLY)[0] == {
             "role": "system",
@@ -193,6 +193,10 @@ REFUSED = {
     "ShareGPT's call": (
         {"from": "function_call", "value": "查"},
         "'tool_calls' of message 2 .* no J",
+    ),
+    "no call": (
+        {"from": "function_call", "value": "[]"},
+        "message 2 .* is a tool call and has none",
     ),
     "surrogate": (
         call(tool_calls=[{"name": "f", "arguments": {"a": "\ud800"}}]),

@@ -31,7 +31,7 @@ def shared(*texts: str, system: str = "") -> list[dict]:
 
 POEM = said("写一句诗", "春眠不觉晓")
 # (stage, keys of the format) -> [(record, what it becomes)]
-ACCEPTED = {
+ACCEPTED: dict[tuple, list] = {
     (SFT, "messages"): [
         ({"messages": POEM}, POEM),
         (
