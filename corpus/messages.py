@@ -13,8 +13,10 @@ ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 ROLES |= dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool")
 CALLS = ("function_call", "tool_call")  # ShareGPT's and ms-swift's: the content is the call itself
+KNOWN = ROLES | dict.fromkeys(CALLS, "assistant")
 OWNERS = {"tools": "system", "functions": "system"}  # which role alone may have a field
 OWNERS |= dict.fromkeys(("reasoning_content", "tool_calls", "function_call"), "assistant")
+NOT_A_TARGET = ("loss", "weight")  # ms-swift's and OpenAI's marks of a reply, where they are 0
 
 
 class FormatError(ValueError):
@@ -77,11 +79,11 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
         raise FormatError(f"{where} must be {wanted}, found {type(item).__name__}")
     item = {key: value for key, value in item.items() if value is not None}
     name = item.get("role", item.get("from"))
-    if not isinstance(name, str) or name not in {*ROLES, *CALLS}:
-        raise FormatError(f"{where} has role {name!r}; known: {', '.join([*ROLES, *CALLS])}")
+    if not isinstance(name, str) or name not in KNOWN:
+        raise FormatError(f"{where} has role {name!r}; known: {', '.join(KNOWN)}")
     content = item.get("content", item.get("value", ""))
-    role = "assistant" if name in CALLS else ROLES[name]
-    fields = _fields(item, role, where)
+    role = KNOWN[name]
+    fields = _fields(item, role, where) if len(item) > 2 else {}
     if name in CALLS:
         calls = [*fields.get("tool_calls", []), *parse_calls(content, where)]
         if not calls:
@@ -97,7 +99,7 @@ def _fields(item: dict, role: str, where: str) -> dict:
     for key, owner in OWNERS.items():
         if item.get(key) and role != owner:
             raise FormatError(f"{where} has {key!r}, which only the {owner}'s message may have")
-    for key in ("loss", "weight"):  # ms-swift's and OpenAI's marks: this reply is no target
+    for key in NOT_A_TARGET:
         if key in item and not item[key]:
             raise FormatError(f"{where} has {key!r}: {item[key]!r}, which is not supported")
     tools = item.get("tools") or item.get("functions") or []

@@ -6,6 +6,7 @@ A key with null is a key that is not there. A further data set with known kinds 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from corpus.messages import (
     FormatError,
@@ -37,9 +38,13 @@ class Format:
     answers: tuple[str, ...]
     optional: tuple[str, ...]
 
-    @property
+    @cached_property
     def keys(self) -> tuple[str, ...]:
         return *self.question, *self.answers
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        return frozenset((*self.keys, *self.optional))
 
 
 AROUND = ("system", "tools")  # of a list of messages
@@ -80,10 +85,8 @@ FORMATS = (
 # Labels such as `kind`, `id` or `score` are not read. These would be missed: a record with one of
 # them that its format does not use is refused.
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
-MEANT = {
-    stage: MEDIA.union(*((*row.keys, *row.optional) for row in FORMATS if row.stage == stage))
-    for stage in (SFT, DPO)
-}
+ROWS = {stage: [row for row in FORMATS if row.stage == stage] for stage in (SFT, DPO)}
+MEANT = {stage: MEDIA.union(*(row.used for row in rows)) for stage, rows in ROWS.items()}
 
 
 def to_messages(record: dict) -> list[dict]:
@@ -135,11 +138,10 @@ def _recognise(record, stage: str) -> tuple[dict, Format]:
     if not isinstance(record, dict):
         raise FormatError(f"expected an object, found {type(record).__name__}")
     fields = {key: value for key, value in record.items() if value is not None}
-    rows = [row for row in FORMATS if row.stage == stage]
-    for row in rows:
-        if all(key in fields for key in row.keys):
+    for row in ROWS[stage]:
+        if fields.keys() >= set(row.keys):
             return fields, row
-    nearest = max(rows, key=lambda row: sum(key in fields for key in row.keys))
+    nearest = max(ROWS[stage], key=lambda row: sum(key in fields for key in row.keys))
     missing = _names(key for key in nearest.keys if key not in fields)
     there = _names(key for key in nearest.keys if key in fields)
     what = f"{missing} is missing beside {there}" if there else f"no {stage} record"
@@ -151,7 +153,7 @@ def _names(keys: Iterable[str]) -> str:
 
 
 def _found_and_accepted(fields: dict, stage: str) -> str:
-    accepted = " | ".join(_names(row.keys) for row in FORMATS if row.stage == stage)
+    accepted = " | ".join(_names(row.keys) for row in ROWS[stage])
     return f"found keys {sorted(fields)}; accepted: {accepted}"
 
 
@@ -174,7 +176,7 @@ def _question(fields: dict, row: Format) -> list[dict]:
 
 def _history(value) -> list[dict]:
     """Earlier turns: a list of [question, answer] or of messages, or JSON text of either."""
-    turns = (from_json(value, "'history'") if value else None) or []
+    turns = (from_json(value, "'history'") or []) if value else []
     if turns and isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
         return parse_messages(turns, "history")
     is_list = isinstance(turns, list)
@@ -200,7 +202,7 @@ def _answer(value, key: str) -> tuple[list[dict] | None, dict]:
 def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
     """Messages that begin with the record's own `system` and `tools`, where it has them."""
     system = text_of(fields.get("system", ""), "system")
-    tools = parse_tools(fields.get("tools") or [], "'tools'")
+    tools = parse_tools(fields["tools"], "'tools'") if fields.get("tools") else []
     if not system and not tools:
         return messages
     stated: dict = {"role": "system", "content": system} | ({"tools": tools} if tools else {})
@@ -217,8 +219,7 @@ def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
 
 def _refuse_unused(fields: dict, row: Format, messages: list[dict]):
     """Nothing that was meant for the model is dropped in silence."""
-    used = {*row.keys, *row.optional}
-    for key in sorted(fields.keys() & MEANT[row.stage] - used):
+    for key in sorted((fields.keys() - row.used) & MEANT[row.stage]):
         if fields[key] and not _is_said(fields[key], messages):
             raise FormatError(f"{key!r} is not used beside {_names(row.keys)}: take it out")
 
