@@ -14,6 +14,7 @@ ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "cha
 ROLES |= dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool")
 CALLS = ("function_call", "tool_call")  # ShareGPT's and ms-swift's: the content is the call itself
 KNOWN = ROLES | dict.fromkeys(CALLS, "assistant")
+PLAIN = {"role", "content", "from", "value"}
 OWNERS = {"tools": "system", "functions": "system"}  # which role alone may have a field
 OWNERS |= dict.fromkeys(("reasoning_content", "tool_calls", "function_call"), "assistant")
 NOT_A_TARGET = ("loss", "weight")  # ms-swift's and OpenAI's marks of a reply, where they are 0
@@ -83,7 +84,7 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
         raise FormatError(f"{where} has role {name!r}; known: {', '.join(KNOWN)}")
     content = item.get("content", item.get("value", ""))
     role = KNOWN[name]
-    fields = _fields(item, role, where) if len(item) > 2 else {}
+    fields = _fields(item, role, where) if item.keys() - PLAIN else {}
     if name in CALLS:
         calls = [*fields.get("tool_calls", []), *parse_calls(content, where)]
         if not calls:
