@@ -99,6 +99,8 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+# How the template began before it knew tools. Folders that were saved with it get the new one.
+OLDER_TEMPLATE = "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
 ALIASES = {
     "qwen": "Qwen/Qwen3-0.6B",
     "llama": "meta-llama/Llama-3.2-1B",
@@ -148,7 +150,8 @@ def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
-    if "{% generation %}" not in (tokenizer.chat_template or ""):
+    template = tokenizer.chat_template or ""
+    if "{% generation %}" not in template or template.startswith(OLDER_TEMPLATE):
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -101,7 +101,7 @@ def _fields(item: dict, role: str, where: str) -> dict:
         if item.get(key) and role != owner:
             raise FormatError(f"{where} has {key!r}, which only the {owner}'s message may have")
     for key in NOT_A_TARGET:
-        if key in item and not item[key]:
+        if item.get(key) == 0:
             raise FormatError(f"{where} has {key!r}: {item[key]!r}, which is not supported")
     tools = item.get("tools") or item.get("functions") or []
     calls = item.get("tool_calls") or item.get("function_call") or []

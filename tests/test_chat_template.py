@@ -171,6 +171,18 @@ def test_a_message_without_content_is_an_empty_one(tokenizer):
     check_rendering(tokenizer, [USER, silent, result("晴"), reply("晴。", tool_calls=None)], TOOLS)
 
 
+def test_a_folder_saved_before_the_template_knew_tools_gets_the_new_one(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    older = (
+        "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% generation %}{{- message['content'] + '<|im_end|>\\n' }}{% endgeneration %}"
+        "{%- endfor %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(older)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == older
+    assert create_tokenizer(model_path=str(tmp_path)).chat_template == CHAT_TEMPLATE
+
+
 WORDS = TEXT.filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
 WORDS = WORDS.filter(lambda text: not text[:1].isspace())  # it would join the header's line feed
 CALLS = st.dictionaries(WORDS, WORDS | st.integers() | st.booleans(), max_size=2).map(

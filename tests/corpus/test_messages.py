@@ -235,6 +235,11 @@ def test_tools_that_are_no_definitions_are_refused_by_name(tools, error):
         talk({"role": "system", "content": "", "tools": tools}, USER, REPLY)
 
 
+def test_marks_of_a_reply_that_is_a_target_are_no_obstacle():
+    for mark in ({"loss": True}, {"weight": 1}, {"loss": None}, {"weight": ""}):
+        assert talk(USER, REPLY | mark) == [USER, REPLY]
+
+
 def test_two_lists_of_tools_are_refused():
     system = {"role": "system", "content": "", "tools": [WEATHER]}
     with pytest.raises(FormatError, match="'tools' differs from the system message"):
