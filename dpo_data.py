@@ -13,9 +13,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,48 +23,35 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import (
-    FormatError,
-    Renderer,
-    flatten,
-    iter_conversations,
-    parse_messages,
-    text_of,
-    to_messages,
-    truncate,
-)
+from corpus.chat_format import Renderer, flatten, truncate
 from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit
-from corpus.readers import find_files
-from engine.disk import content_hash
+from corpus.readers import Dropped
+from corpus.records import to_pair
 from engine.report import print_lines
 from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
-BATCH = 4096  # pairs rendered at a time, which bounds the memory
-CACHE_VERSION = 2  # raise it when the rows made from the same pairs change
-IDS = pa.list_(pa.uint32())
-SCHEMA = pa.schema(
-    [("prompt_ids", IDS), ("chosen_ids", IDS), ("rejected_ids", IDS), ("chosen_bytes", pa.int64())]
-)
+CACHE_VERSION = 4  # raise it when the rows made from the same pairs change
+PARTS = ("prompt", "chosen", "rejected")
 
 
 def prepare_dpo_data(
     tokenizer: PreTrainedTokenizerBase,
-    data_path: str | None = None,
+    data_path: str | list | dict | None = None,
     max_length: int = 512,
     split: str | None = "train",
-    validation_ratio: float = 0.1,
-    cache_dir: str = "checkpoints/cache",
+    **options,
 ) -> tuple[Dataset | DatasetDict, "PairCollator"]:
     """Preference records -> pairs of token ids; and the collator that packs pairs into rows.
 
     Args:
-        data_path: file, folder or glob of records with `chosen` and `rejected` (text or messages)
-            and `instruction` (+ `input`), `prompt`, `messages` or `conversations`.
+        data_path: file, folder, glob, or name on the Hub or on ModelScope, of the DPO records in
+            corpus/records.py; several as in train_data.prepare_data; None: the bundled sample.
         max_length: tokens of a question with either of its answers.
         split: "train", "validation", or None for a DatasetDict of both.
+        options: of cache.Options, such as validation_tokens, num_proc and cache_dir.
 
     Returns:
         (dataset, data_collator): rows of prompt_ids, chosen_ids, rejected_ids (answers with their
@@ -74,122 +60,90 @@ def prepare_dpo_data(
     Raises:
         ValueError: bad data, or no pair is left; names the file, the line and the fix.
     """
-    path = data_path or SAMPLE
     cache.check_max_length(max_length)
-    file_hash = content_hash(find_files(path))
-    settings = [file_hash, tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
-    write = partial(_write_pairs, path, tokenizer, max_length)
-    rows, counts = cache.cached_splits("dpo", path, settings, validation_ratio, cache_dir, write)
-    drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
+    data = cache.Data(data_path or SAMPLE, cache.Options(**options))
+    settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
+    recipe = PairRecipe(tokenizer, max_length, data.size)
+    rows, counts = cache.cached_splits("dpo", data, recipe, settings)
+    if not counts.get("pairs"):
+        raise ValueError(f"{data.name}: no pair with two different answers ({counts}).")
     print(
-        f"Data {path}: {len(rows['train']):,} training + {len(rows['validation']):,} validation "
-        f"pairs ({', '.join(drops) or 'none'} dropped, {counts['answers cut']:,} answers cut)",
+        f"Data {data.name}: {len(rows['train']):,} training + {len(rows['validation']):,} "
+        f"validation pairs ({cache.dropped(counts)} dropped, "
+        f"{counts.get('answers cut', 0):,} answers cut)",
         flush=True,
     )
     return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id, max_length)
 
 
-def to_pair(record: dict) -> tuple[list[dict], str, str]:
-    """(prompt messages, chosen text, rejected text) of any accepted record.
+@dataclass
+class PairRecipe:
+    """Preference records -> pairs of ids. preparation.Recipe says what each method does.
 
-    Raises:
-        FormatError: names what is missing and what was found.
+    size: bytes of text that there are.
     """
-    if not isinstance(record, dict) or not {"chosen", "rejected"} <= record.keys():
-        found = sorted(record) if isinstance(record, dict) else type(record).__name__
-        raise FormatError(f'expected "chosen" and "rejected"; found {found}')
-    before, chosen = _answer(record["chosen"], "chosen")
-    before_rejected, rejected = _answer(record["rejected"], "rejected")
-    prompt = record.get("prompt")
-    if isinstance(prompt, list):
-        prompt = parse_messages(prompt, "prompt")
-    elif prompt is not None:
-        prompt = [{"role": "user", "content": text_of(prompt, "prompt")}]
-    elif {"instruction", "messages", "conversations"} & record.keys():
-        prompt = to_messages(record, response_keys=())
-    elif before:
-        if before != before_rejected:
-            raise FormatError("chosen and rejected must begin with the same messages")
-        prompt = before
-    else:
-        raise FormatError(f'expected "instruction" or "prompt"; found keys {sorted(record)}')
-    if prompt[-1]["role"] != "user":
-        raise FormatError("the prompt must end with a user's message")
-    return prompt, chosen, rejected
 
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    size: int
 
-def _answer(value, key: str) -> tuple[list[dict], str]:
-    """(messages before it, text) of an answer given as text, message or list of messages."""
-    if isinstance(value, str):
-        return [], text_of(value, key)
-    messages = parse_messages([value] if isinstance(value, dict) else value, key)
-    if messages[-1]["role"] != "assistant":
-        raise FormatError(f"{key!r} must end with an assistant's message")
-    return messages[:-1], messages[-1]["content"]
+    def __post_init__(self):
+        self.renderer = Renderer(self.tokenizer, self.size)
+        self.byte_lengths = token_byte_lengths(self.tokenizer)
+        lists = [(f"{name}_ids", pa.list_(pa.uint32())) for name in PARTS]
+        self.schema = pa.schema([*lists, ("chosen_bytes", pa.int64())])
 
-
-def _iter_pairs(path: str, counts: Counter) -> Iterator[tuple[list[dict], str, str]]:
-    seen = set()
-    for prompt, chosen, rejected in iter_conversations(path, to_pair):
-        key = json.dumps([prompt, chosen, rejected], sort_keys=True)
+    def parse(self, record) -> tuple[list[dict], str, str]:
+        prompt, chosen, rejected = to_pair(record)
         if not chosen.strip() or not rejected.strip():
-            counts["dropped: empty answer"] += 1
-        elif chosen.strip() == rejected.strip():
-            counts["dropped: equal answers"] += 1
-        elif key in seen:
-            counts["dropped: duplicate"] += 1
-        else:
-            seen.add(key)
-            yield prompt, chosen, rejected
+            raise Dropped("empty answer")
+        if chosen.strip() == rejected.strip():
+            raise Dropped("equal answers")
+        return prompt, chosen, rejected
 
+    def identity(self, pair) -> str:
+        return json.dumps(pair, ensure_ascii=False)
 
-def _write_pairs(path: str, tokenizer, max_length: int, folder: Path, split):
-    """Write the files of cache.cached_splits. A pair's question decides its split."""
-    counts: Counter = Counter({"answers cut": 0})
-    render = Renderer(tokenizer).render
-    byte_lengths = token_byte_lengths(tokenizer)
-    pairs = _iter_pairs(path, counts)
-    with (
-        pa.ipc.new_stream(str(folder / "train.arrow"), SCHEMA) as train,
-        pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
-    ):
-        writers = {"train": train, "validation": validation}
-        while batch := list(islice(pairs, BATCH)):
-            rows: dict[str, list[dict]] = {name: [] for name in writers}
-            rendered = render([[*p, reply(c), reply(r)] for p, c, r in batch])
-            for (prompt, _, _), turns in zip(batch, rendered, strict=True):
-                columns = _encode_pair(turns, max_length, counts)
-                if columns["chosen_ids"] == columns["rejected_ids"]:
-                    counts["dropped: equal after truncation"] += 1
-                    continue
-                columns["chosen_bytes"] = int(byte_lengths[columns["chosen_ids"]].sum())
-                rows[split(json.dumps(prompt, sort_keys=True))].append(columns)
-                counts["pairs"] += 1
-            for name, writer in writers.items():
-                writer.write_batch(pa.RecordBatch.from_pylist(rows[name], schema=SCHEMA))
-    if not counts["pairs"]:
-        raise ValueError(f"{path}: no pair with two different answers ({dict(counts)}).")
-    (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+    def question(self, pair) -> str:
+        return json.dumps(pair[0], ensure_ascii=False)
+
+    def encode(self, pairs: list, counts: Counter) -> list[dict | None]:
+        """The columns of each."""
+        conversations = [[*p, reply(chosen), reply(rejected)] for p, chosen, rejected in pairs]
+        encoded = [self._encode(turns, counts) for turns in self.renderer.render(conversations)]
+        counts["pairs"] += len(pairs) - encoded.count(None)
+        return encoded
+
+    def _encode(self, turns, counts: Counter) -> dict | None:
+        """The prompt is shortened for the longer answer, so that both answer the same question."""
+        *prompt, chosen, rejected = turns
+        longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
+        conversation = [*prompt, longer]
+        counts["answers cut"] += truncate(conversation, self.max_length)
+        prompt = conversation[:-1]
+        counts["answers cut"] += truncate([*prompt, shorter], self.max_length)
+        # The end token is an answer's last target.
+        ids = [np.concatenate([turn.content, turn.end[:1]]) for turn in (chosen, rejected)]
+        if np.array_equal(*ids):
+            counts["dropped: equal after truncation"] += 1
+            return None
+        columns = {
+            "prompt_ids": np.concatenate([flatten(prompt)[0], chosen.header]),
+            "chosen_ids": ids[0],
+            "rejected_ids": ids[1],
+        }
+        return columns | {"chosen_bytes": self.byte_lengths[ids[0]].sum()}
+
+    def length(self, pair: dict) -> int:
+        return sum(len(pair[f"{name}_ids"]) for name in PARTS)
+
+    def pack(self, pairs: list[dict], counts: Counter) -> pa.RecordBatch:
+        counts["tokens"] += sum(map(self.length, pairs))
+        return pa.RecordBatch.from_pylist(pairs, schema=self.schema)
 
 
 def reply(text: str) -> dict:
     return {"role": "assistant", "content": text}
-
-
-def _encode_pair(turns, max_length: int, counts: Counter) -> dict:
-    """The prompt is shortened for the longer answer, so that both answer the same question."""
-    *prompt, chosen, rejected = turns
-    longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
-    conversation = [*prompt, longer]
-    counts["answers cut"] += truncate(conversation, max_length)
-    prompt = conversation[:-1]
-    counts["answers cut"] += truncate([*prompt, shorter], max_length)
-    prompt_ids, _ = flatten(prompt)
-    answers = {
-        name: [*turn.content, *turn.end[:1]]  # the end token is an answer's last target
-        for name, turn in (("chosen_ids", chosen), ("rejected_ids", rejected))
-    }
-    return {"prompt_ids": prompt_ids + chosen.header, **answers}
 
 
 class PairCollator:
@@ -250,9 +204,6 @@ class PairCollator:
         pair = {"prompt_ids": np.ones(question), "reference_logps": np.zeros(2, np.float32)}
         pair |= {f"{n}_ids": np.ones(self.max_length - question) for n in PARTS[1:]}
         return self([pair | {"chosen_bytes": np.int64(1)}] * batch_size)
-
-
-PARTS = ("prompt", "chosen", "rejected")
 
 
 def inspect(pairs: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]:

@@ -128,11 +128,7 @@ def train_dpo(
     tokenizer.eos_token = IM_END
     with rt.main_first():
         splits, collate = prepare_dpo_data(
-            tokenizer,
-            config["dataset"],
-            config["max_length"],
-            split=None,
-            **cache.options_of(config),
+            tokenizer, config["dataset"], config["max_length"], None, **cache.options_of(config)
         )
         cache.check_splits(splits, config["dataset"])
     fingerprint = cache.data_fingerprint(splits["train"])

@@ -9,51 +9,43 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, flatten, iter_conversations, to_messages, truncate
+from corpus.chat_format import Renderer, flatten, truncate
 from corpus.packing import PackedCollator, best_fit
-from corpus.readers import find_files
-from engine.disk import content_hash
+from corpus.readers import Dropped
+from corpus.records import to_messages
 from engine.report import print_lines
 from engine.runs import find_final
 from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
-BATCH = 4096  # conversations rendered and packed at a time, which bounds the memory
-CACHE_VERSION = 2  # raise it when the rows made from the same conversations change
-SCHEMA = pa.schema(
-    [
-        ("input_ids", pa.list_(pa.uint32())),
-        ("position_ids", pa.list_(pa.uint32())),
-        ("labels", pa.list_(pa.int32())),
-    ]
-)
+CACHE_VERSION = 4  # raise it when the rows made from the same conversations change
 
 
 def prepare_sft_data(
     tokenizer: PreTrainedTokenizerBase,
-    data_path: str | None = None,
+    data_path: str | list | dict | None = None,
     max_length: int = 512,
     split: str | None = "train",
-    validation_ratio: float = 0.05,
-    cache_dir: str = "checkpoints/cache",
+    **options,
 ) -> tuple[Dataset | DatasetDict, PackedCollator]:
     """Conversations -> packed rows of input_ids, position_ids, labels; and their collator.
 
     Args:
-        data_path: file, folder or glob of records with `instruction` (+ `input`) and `response` or
-            `output`, or `messages`, or `conversations`; None: the bundled sample.
+        data_path: file, folder, glob, or name on the Hub or on ModelScope, of the SFT records in
+            corpus/records.py; several as in train_data.prepare_data; None: the bundled sample.
         max_length: tokens of a row; conversations are packed into it whole.
         split: "train", "validation", or None for a DatasetDict of both.
+        options: of cache.Options, such as validation_tokens, num_proc and cache_dir.
 
     Returns:
         (dataset, data_collator). labels are -100 outside assistant replies and their end tokens.
@@ -61,89 +53,92 @@ def prepare_sft_data(
     Raises:
         ValueError: bad data, or no example with a target; names the file, the line and the fix.
     """
-    path = data_path or SAMPLE
     cache.check_max_length(max_length)
-    file_hash = content_hash(find_files(path))
-    settings = [file_hash, tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
-    write = partial(_write_rows, path, tokenizer, max_length)
-    rows, counts = cache.cached_splits("sft", path, settings, validation_ratio, cache_dir, write)
-    print(_describe(counts, rows, path), flush=True)
+    data = cache.Data(data_path or SAMPLE, cache.Options(**options))
+    settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
+    recipe = ConversationRecipe(tokenizer, max_length, data.size)
+    rows, counts = cache.cached_splits("sft", data, recipe, settings)
+    if not counts.get("conversations"):
+        raise ValueError(f"{data.name}: no example with a reply to learn from ({counts}).")
+    print(_describe(counts, rows, data.name), flush=True)
     collator = PackedCollator(max_length, tokenizer.pad_token_id)
     return (rows[split] if split else rows), collator
 
 
-def _iter_examples(path: str, counts: Counter) -> Iterator[list[dict]]:
-    """Messages of the usable conversations, which end with a reply. Drops are counted."""
-    seen = set()
-    for messages in iter_conversations(path, to_messages):
-        counts["conversations read"] += 1
+@dataclass
+class ConversationRecipe:
+    """Conversations -> rows with labels. preparation.Recipe says what each method does.
+
+    size: bytes of text that there are.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    size: int
+
+    def __post_init__(self):
+        self.renderer = Renderer(self.tokenizer, self.size)
+        self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
+        self.place_type = np.uint16 if self.max_length <= 2**16 else np.uint32
+        kinds = {"input_ids": self.id_type, "position_ids": self.place_type, "labels": np.int32}
+        lists = [(name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in kinds.items()]
+        self.schema = pa.schema(lists)
+
+    def parse(self, record) -> list[dict]:
+        messages = to_messages(record)
         while messages and messages[-1]["role"] != "assistant":
             messages.pop()  # a question without its answer teaches nothing
         if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            counts["dropped: no reply"] += 1
-        elif (key := json.dumps(messages, sort_keys=True)) in seen:
-            counts["dropped: duplicate"] += 1
-        else:
-            seen.add(key)
-            yield messages
+            raise Dropped("no reply")
+        return messages
 
+    def identity(self, messages: list[dict]) -> str:
+        return json.dumps(messages, ensure_ascii=False)
 
-def _write_rows(path: str, tokenizer, max_length: int, folder: Path, split):
-    """Write the files of cache.cached_splits. A conversation's question decides its split."""
-    counts: Counter = Counter()
-    renderer = Renderer(tokenizer)
-    examples = _iter_examples(path, counts)
-    with (
-        pa.ipc.new_stream(str(folder / "train.arrow"), SCHEMA) as train,
-        pa.ipc.new_stream(str(folder / "validation.arrow"), SCHEMA) as validation,
-    ):
-        writers = {"train": train, "validation": validation}
-        while batch := list(islice(examples, BATCH)):
-            encoded: dict[str, list] = {name: [] for name in writers}  # (ids, mask) of each
-            for messages, turns in zip(batch, renderer.render(batch), strict=True):
-                counts["replies cut"] += truncate(turns, max_length)
-                ids, mask = flatten(turns)
-                # If every character is several byte tokens, the headers alone may fill a row.
-                if any(mask[1:]) and len(ids) <= max_length:
-                    question = json.dumps(messages[:-1], sort_keys=True)
-                    encoded[split(question)].append((ids, mask))
-                    counts["conversations"] += 1
-                else:
-                    counts["dropped: no target"] += 1
-            for name, writer in writers.items():
-                writer.write_batch(_pack(encoded[name], max_length, counts))
-    if not counts["conversations"]:
-        raise ValueError(f"{path}: no example with a reply to learn from ({dict(counts)}).")
-    (folder / "statistics.json").write_text(json.dumps(counts, ensure_ascii=False, indent=1))
+    def question(self, messages: list[dict]) -> str:
+        return json.dumps(messages[:-1], ensure_ascii=False)
 
+    def encode(self, conversations: list[list[dict]], counts: Counter) -> list:
+        """(ids, labels) of each."""
+        examples: list = []
+        for turns in self.renderer.render(conversations):
+            counts["replies cut"] += truncate(turns, self.max_length)
+            ids, mask = flatten(turns)
+            # If every character is several byte tokens, the headers alone may fill a row.
+            if mask[1:].any() and len(ids) <= self.max_length:
+                labels = np.where(mask, ids, np.int32(IGNORE_INDEX)).astype(np.int32)
+                examples.append((ids.astype(self.id_type), labels))
+                counts["conversations"] += 1
+            else:
+                examples.append(None)
+                counts["dropped: no target"] += 1
+        return examples
 
-def _pack(encoded: list[tuple], max_length: int, counts: Counter) -> pa.RecordBatch:
-    """Pack whole conversations into rows by best-fit. Padding is not stored."""
-    rows = best_fit([len(ids) for ids, _ in encoded], max_length)
-    columns: dict[str, list[list[int]]] = {name: [] for name in SCHEMA.names}
-    for row in rows:
-        labels: list[int] = []
-        input_ids: list[int] = []
-        position_ids: list[int] = []
-        for ids, mask in (encoded[index] for index in row):
-            input_ids += ids
-            position_ids += range(len(ids))
-            labels += [i if target else IGNORE_INDEX for i, target in zip(ids, mask, strict=True)]
-        for name, values in zip(columns, (input_ids, position_ids, labels), strict=True):
-            columns[name].append(values)
-        counts["tokens"] += len(input_ids)
-        counts["targets"] += sum(label != IGNORE_INDEX for label in labels)
-    counts["padding"] += len(rows) * max_length
-    counts["padding"] -= sum(len(ids) for ids, _ in encoded)
-    return pa.record_batch(columns, schema=SCHEMA)
+    def length(self, example) -> int:
+        return len(example[0])
+
+    def pack(self, examples: list, counts: Counter) -> pa.RecordBatch:
+        """Whole conversations in rows, by best-fit. Padding is not stored."""
+        lengths = [len(ids) for ids, _ in examples]
+        rows = best_fit(lengths, self.max_length)
+        places = np.arange(self.max_length, dtype=self.place_type)
+        empty = (np.empty(0, self.id_type), np.empty(0, self.place_type), np.empty(0, np.int32))
+        members = [index for row in rows for index in row]
+        parts = [(examples[i][0], places[: lengths[i]], examples[i][1]) for i in members]
+        columns = [np.concatenate(column) for column in zip(empty, *parts, strict=True)]
+        ends = np.cumsum([0] + [sum(lengths[i] for i in row) for row in rows], dtype=np.int32)
+        counts["tokens"] += len(columns[0])
+        counts["targets"] += int((columns[2] != IGNORE_INDEX).sum())
+        counts["padding"] += len(rows) * self.max_length - len(columns[0])
+        arrays = [pa.ListArray.from_arrays(ends, values) for values in columns]
+        return pa.record_batch(arrays, schema=self.schema)
 
 
 def _describe(counts: dict, rows: DatasetDict, path: str) -> str:
-    drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
     places = counts["padding"] + counts["tokens"]
     return (
         f"Data {path}: {counts['conversations']:,} conversations "
-        f"({', '.join(drops) or 'none'} dropped, {counts['replies cut']:,} replies cut), "
+        f"({cache.dropped(counts)} dropped, {counts['replies cut']:,} replies cut), "
         f"{counts['tokens']:,} tokens, {counts['targets']:,} of them targets; "
         f"{len(rows['train']):,} training + {len(rows['validation']):,} validation rows, "
         f"{counts['padding'] / places:.2%} padding"

@@ -118,11 +118,7 @@ def train_sft(
     tokenizer.eos_token = IM_END  # a chat model stops at the end of its turn
     with rt.main_first():
         splits, collate = prepare_sft_data(
-            tokenizer,
-            config["dataset"],
-            config["max_length"],
-            split=None,
-            **cache.options_of(config),
+            tokenizer, config["dataset"], config["max_length"], None, **cache.options_of(config)
         )
         cache.check_splits(splits, config["dataset"])
         if config["pretrain_mix_ratio"]:

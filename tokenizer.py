@@ -30,17 +30,77 @@ QWEN2_SPLIT = (
 )
 # No language writes such a run, the split leaves it whole, and training is quadratic in its length.
 LONG_RUN = re.compile(r"([^\W_]{1000}|\s{1000}|(?:[^\w\s]|_){1000})")
-# The generation markers tell apply_chat_template which tokens an assistant wrote.
+# What Qwen3's template says to a model about its tools, before and behind their definitions.
+TOOLS_BEGIN = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+TOOLS_END = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    "within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
+# corpus/messages.py words tools, calls, their results and reasoning in the same way. The
+# generation markers tell apply_chat_template which tokens an assistant wrote.
 CHAT_TEMPLATE = (
+    "{%- set ns = namespace(question=-1, words='') %}"
     "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['role'] == 'assistant' %}"
-    "{% generation %}{{- message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{%- else %}{{- message['content'] + '<|im_end|>' }}{%- endif %}"
+    "{%- if message.role == 'user' and not (message.content.startswith('<tool_response>')"
+    " and message.content.endswith('</tool_response>')) %}"
+    "{%- set ns.question = loop.index0 %}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if tools %}"
+    "{{- '<|im_start|>system\\n' }}"
+    "{%- if messages[0].role == 'system' and messages[0].content %}"
+    "{{- messages[0].content + '\\n\\n' }}{%- endif %}"
+    f"{{{{- {TOOLS_BEGIN!r} }}}}"
+    "{%- for tool in tools %}{{- '\\n' }}{{- tool | tojson }}{%- endfor %}"
+    f"{{{{- {TOOLS_END!r} }}}}"
+    "{{- '<|im_end|>\\n' }}"
+    "{%- endif %}"
+    "{%- for message in messages %}"
+    "{%- if message.role == 'assistant' %}"
+    "{{- '<|im_start|>assistant\\n' }}"
+    "{%- set content = message.content or '' %}"
+    "{%- set reasoning = message.reasoning_content or '' %}"
+    "{%- set in_content = false %}"
+    # Reasoning in the content is shown, or left out, as that in a field of its own is.
+    "{%- if not reasoning and '</think>' in content"
+    " and content.lstrip('\\n').startswith('<think>') %}"
+    "{%- set in_content = true %}"
+    "{%- set parts = content.split('</think>') %}"
+    "{%- set reasoning = parts[0].lstrip('\\n')[7:] %}"
+    "{%- set content = (parts[1:] | join('</think>')).lstrip('\\n') %}"
+    "{%- endif %}"
+    "{%- set reasoning = reasoning.strip('\\n') %}"
+    "{%- set ns.words = content %}"
+    "{%- if loop.index0 > ns.question and (reasoning or (in_content and loop.last)) %}"
+    "{%- set ns.words = '<think>\\n' + reasoning + '\\n</think>\\n\\n' + content.lstrip('\\n') %}"
+    "{%- endif %}"
+    "{%- for call in message.tool_calls or [] %}"
+    "{%- if content or not loop.first %}{%- set ns.words = ns.words + '\\n' %}{%- endif %}"
+    "{%- set call = call.function or call %}"
+    "{%- set arguments = call.arguments or {} %}"
+    "{%- if arguments is not string %}{%- set arguments = arguments | tojson %}{%- endif %}"
+    '{%- set ns.words = ns.words + \'<tool_call>\\n{"name": "\' + call.name'
+    " + '\", \"arguments\": ' + arguments + '}\\n</tool_call>' %}"
+    "{%- endfor %}"
+    "{% generation %}{{- ns.words + '<|im_end|>' }}{% endgeneration %}"
     "{{- '\\n' }}"
+    "{%- elif message.role == 'tool' %}"
+    "{%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}"
+    "{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}"
+    "{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}"
+    "{%- elif not (tools and loop.first and message.role == 'system') %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endif %}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+# How the template began before it knew tools. Folders that were saved with it get the new one.
+OLDER_TEMPLATE = "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n' }}"
 ALIASES = {
     "qwen": "Qwen/Qwen3-0.6B",
     "llama": "meta-llama/Llama-3.2-1B",
@@ -90,7 +150,8 @@ def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
-    if "{% generation %}" not in (tokenizer.chat_template or ""):
+    template = tokenizer.chat_template or ""
+    if "{% generation %}" not in template or template.startswith(OLDER_TEMPLATE):
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

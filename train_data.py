@@ -70,7 +70,7 @@ def prepare_data(
         if tokenizer_path
         else train_on_share(data, recipe, vocab_size, tokenizer_megabytes)
     )
-    recipe = replace(recipe, tokenizer=tokenizer, max_seq_len=max_seq_len)
+    recipe = replace(recipe, tokenizer=tokenizer, max_seq_len=max_seq_len, size=data.size)
     settings = [text_column, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
     splits, counts = cache.cached_splits("pretrain", data, recipe, settings)
     splits = _both_splits(splits, data, max_seq_len, counts)
@@ -107,10 +107,11 @@ class DocumentRecipe:
     text_column: str | None
     tokenizer: PreTrainedTokenizerBase | None = None
     max_seq_len: int = 0
+    size: int = 0  # bytes of text that there are
 
     def __post_init__(self):
         if self.tokenizer:
-            self.encoder = Encoder(self.tokenizer)
+            self.encoder = Encoder(self.tokenizer, self.size)
             self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
             self.place_type = np.uint16 if self.max_seq_len <= 2**16 else np.uint32
             kinds = {"input_ids": self.id_type, "position_ids": self.place_type}

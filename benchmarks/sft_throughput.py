@@ -32,8 +32,9 @@ def run_ours(folder: Path, data: Path, packed: bool) -> tuple[float, int]:
     """(seconds, target tokens) of one epoch of the loop's own steps."""
     import torch
 
-    from corpus.chat_format import Renderer, flatten, to_messages, truncate
+    from corpus.chat_format import Renderer, flatten, truncate
     from corpus.packing import PackedCollator
+    from corpus.records import to_messages
     from engine import optim
     from engine.steps import count_targets
     from kernels import IGNORE_INDEX
@@ -77,7 +78,7 @@ def run_trl(folder: Path, data: Path, packing: bool) -> tuple[float, int]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from corpus.chat_format import to_messages
+    from corpus.records import to_messages
 
     watch = Stopwatch()
     records = [{"messages": to_messages(record)} for record in read_jsonl(data, EXAMPLES)]

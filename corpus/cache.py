@@ -74,6 +74,7 @@ class Data:
         self.corpus = Corpus(pairs, limit, options.num_proc)
         hashes = [content_hash(files, self.cache_dir, options.verify_data) for files in found]
         self.settings = [hashes, self.weights, limit]  # all that the records depend on
+        self.size = self.corpus.stored_bytes()
         self._index: Index | None = None
 
     def index(self, recipe: Recipe) -> Index:

@@ -1,6 +1,6 @@
-"""Conversations: records of every accepted format -> messages -> ids with a loss mask.
+"""Conversations: plain messages (corpus/records.py makes them) -> ids with a loss mask.
 
-A message is {"role": "system" | "user" | "assistant", "content": text}. Rendering is ChatML:
+A message is {"role", "content"}; its role is system, user, assistant or tool. It becomes ChatML:
 
     <|im_start|>user\\n…<|im_end|>\\n<|im_start|>assistant\\n…<|im_end|>\\n
 
@@ -10,106 +10,24 @@ without control tokens, so that nothing a user types becomes one.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from corpus.readers import FormatError, find_files, input_error, iter_records
+from corpus.encoder import Encoder
+from corpus.readers import FormatError, input_error, iter_records
+from corpus.sources import find_data
 from tokenizer import IM_END, IM_START, encode_plain
 
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
-ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 SHORTEST_PROMPT = 16  # tokens of the question that are kept when an answer is too long by itself
-
-
-def to_messages(record: dict, response_keys=("response", "output")) -> list[dict]:
-    """messages | conversations (ShareGPT) | instruction (+ input, system, history) and a reply.
-
-    Raises:
-        FormatError: names what is missing and what was found.
-    """
-    if not isinstance(record, dict):
-        raise FormatError(f"expected an object, found {type(record).__name__}")
-    for key in ("messages", "conversations"):
-        if key in record:
-            messages = parse_messages(record[key], key)
-            break
-    else:
-        messages = _from_instruction(record, response_keys)
-    system = record.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": text_of(system, "system")})
-    return messages
-
-
-def parse_messages(value, key: str) -> list[dict]:
-    """A list of {role, content} or ShareGPT's {from, value}, with the three roles of ChatML."""
-    if not isinstance(value, list) or not value:
-        raise FormatError(f"{key!r} must be a non-empty list of messages")
-    messages = []
-    for number, item in enumerate(value, start=1):
-        if not isinstance(item, dict):
-            wanted = '{"role": …, "content": …}'
-            found = type(item).__name__
-            raise FormatError(f"message {number} of {key!r} must be {wanted}, found {found}")
-        role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise FormatError(
-                f"message {number} of {key!r} has role {role!r}; known: {', '.join(ROLES)}"
-            )
-        messages.append({"role": ROLES[role], "content": text_of(content, f"message {number}")})
-        if messages[-1]["role"] == "system" and number > 1:
-            raise FormatError(
-                f"message {number} of {key!r} is a system message: only the first may be"
-            )
-    return messages
-
-
-def _from_instruction(record: dict, response_keys: tuple[str, ...]) -> list[dict]:
-    response_key = next((key for key in response_keys if key in record), None)
-    if "instruction" not in record or (response_keys and response_key is None):
-        wanted = f'"instruction" and "{response_keys[0]}"' if response_keys else '"instruction"'
-        raise FormatError(
-            f'expected {wanted}, "messages" or "conversations"; found keys {sorted(record)}'
-        )
-    question = text_of(record["instruction"], "instruction")
-    if record.get("input"):
-        question += "\n" + text_of(record["input"], "input")
-    messages = _from_history(record.get("history") or [])
-    messages.append({"role": "user", "content": question})
-    if response_key:
-        reply = text_of(record[response_key], response_key)
-        messages.append({"role": "assistant", "content": reply})
-    return messages
-
-
-def _from_history(turns) -> list[dict]:
-    is_list = isinstance(turns, list)
-    if not is_list or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
-        raise FormatError('"history" must be a list of [question, answer]')
-    return [
-        {"role": role, "content": text_of(text, "history")}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
-def text_of(value, where: str) -> str:
-    if not isinstance(value, str):
-        raise FormatError(f"{where} must be text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(
-            f"{where} has a lone surrogate, which is no character: take it out"
-        ) from error
-    return value
+# The header of each role. To a model a tool's result is said by the user, as in Qwen3's template.
+HEADERS = {"system": "system\n", "user": "user\n", "assistant": "assistant\n", "tool": "user\n"}
 
 
 def iter_conversations(data_path: str, parse) -> Iterator:
     """parse(record) for every record of the files. A FormatError gets its file and line."""
-    for path in find_files(data_path):
-        for line, record in iter_records(Path(path)):
+    for path in find_data(data_path):
+        for line, record in iter_records(path):
             try:
                 yield parse(record)
             except FormatError as error:
@@ -118,37 +36,56 @@ def iter_conversations(data_path: str, parse) -> Iterator:
 
 @dataclass
 class Turn:
-    """One rendered message: header ids (`<|im_start|>role\\n`), content ids, and end ids."""
+    """One rendered message, as arrays of ids: header (`<|im_start|>role\\n`), content, end.
+
+    Tool results that follow each other are one turn.
+    """
 
     role: str
-    header: list[int]
-    content: list[int]
-    end: list[int]
+    header: np.ndarray
+    content: np.ndarray
+    end: np.ndarray
 
     def __len__(self) -> int:
         return len(self.header) + len(self.content) + len(self.end)
 
 
 class Renderer:
-    """Renders messages to turns of token ids, many conversations at a time."""
+    """Renders messages to turns of token ids, many conversations at a time.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    size: bytes of text that there are to render.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int = 0):
+        self.encode = Encoder(tokenizer, size)
         vocabulary = tokenizer.get_vocab()
-        self.start, self.stop = vocabulary[IM_START], vocabulary[IM_END]
-        plain = encode_plain(tokenizer, ["\n", *(f"{role}\n" for role in set(ROLES.values()))])
-        self.newline = plain[0]
-        self.headers = dict(zip(set(ROLES.values()), plain[1:], strict=True))
+        start, stop = vocabulary[IM_START], vocabulary[IM_END]
+        newline, *names = encode_plain(tokenizer, ["\n", *HEADERS.values()])
+        ids = [np.array([start, *name], dtype=np.uint32) for name in names]
+        self.headers = dict(zip(HEADERS, ids, strict=True))
+        self.end = np.array([stop, *newline], dtype=np.uint32)
 
     def render(self, conversations: list[list[dict]]) -> list[list[Turn]]:
-        contents = [message["content"] for messages in conversations for message in messages]
-        encoded = iter(encode_plain(self.tokenizer, contents))
+        turns = [_join_tool_results(messages) for messages in conversations]
+        contents = [content for conversation in turns for _, content in conversation]
+        encoded = iter(self.encode(contents))
         return [
-            [self._turn(m["role"], next(encoded)) for m in messages] for messages in conversations
+            [Turn(role, self.headers[role], next(encoded), self.end) for role, _ in conversation]
+            for conversation in turns
         ]
 
-    def _turn(self, role: str, content: list[int]) -> Turn:
-        return Turn(role, [self.start, *self.headers[role]], content, [self.stop, *self.newline])
+
+def _join_tool_results(messages: list[dict]) -> list[tuple[str, str]]:
+    """(role, content) of each turn."""
+    turns: list[tuple[str, str]] = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "tool":
+            content = f"<tool_response>\n{content}\n</tool_response>"
+            if turns and turns[-1][0] == "tool":
+                content = f"{turns.pop()[1]}\n{content}"
+        turns.append((role, content))
+    return turns
 
 
 def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -157,22 +94,24 @@ def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def flatten(turns: list[Turn]) -> tuple[list[int], list[bool]]:
+def flatten(turns: list[Turn]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, mask): mask is True on an assistant's words and on their end token."""
-    ids: list[int] = []
-    mask: list[bool] = []
+    ids = np.concatenate([part for turn in turns for part in (turn.header, turn.content, turn.end)])
+    mask = np.zeros(len(ids), dtype=bool)
+    start = 0
     for turn in turns:
-        ids += turn.header + turn.content + turn.end
-        spoken = turn.role == "assistant"
-        end_mask = [spoken, *[False] * (len(turn.end) - 1)] if turn.end else []
-        mask += [False] * len(turn.header) + [spoken] * len(turn.content) + end_mask
+        if turn.role == "assistant":
+            begin = start + len(turn.header)
+            mask[begin : begin + len(turn.content) + min(len(turn.end), 1)] = True
+        start += len(turn)
     return ids, mask
 
 
 def truncate(turns: list[Turn], max_length: int) -> bool:
     """Shorten a conversation in place to max_length tokens, keeping its last reply.
 
-    The oldest exchanges go first, then the beginning of the last question, then the system
+    The oldest exchanges go first. An exchange is a user's turn and all up to the next one, with
+    tool calls and their results. Then goes the beginning of the last question, then the system
     message. The reply is cut at its end only when it is too long by itself.
 
     Returns whether the reply was cut.
@@ -183,20 +122,23 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
         return sum(map(len, turns)) - max_length
 
     first = 1 if turns[0].role == "system" else 0
-    while excess() > 0 and len(turns) - first > 2:
+    asked = [number for number, turn in enumerate(turns[:-1]) if turn.role == "user"]
+    kept = len(turns) - asked[-1] if asked else 2  # turns from the last question on
+    while excess() > 0 and len(turns) - first > kept:
         del turns[first]
-        while len(turns) - first > 2 and turns[first].role != "user":
+        while len(turns) - first > kept and turns[first].role != "user":
             del turns[first]
-    question = turns[-2] if len(turns) > 1 else None
+    question = turns[-kept] if len(turns) >= kept else None
     if excess() > 0 and question:
-        kept = max(len(question.content) - excess(), min(SHORTEST_PROMPT, len(question.content)))
-        question.content = question.content[len(question.content) - kept :]
-    if excess() > 0 and first and len(turns) > 2:
+        length = max(len(question.content) - excess(), min(SHORTEST_PROMPT, len(question.content)))
+        question.content = question.content[len(question.content) - length :]
+    # The system message defines the tools: no call is learned without it.
+    if excess() > 0 and first and len(turns) > 2 and all(turn.role != "tool" for turn in turns):
         del turns[0]
     if excess() <= 0:
         return False
     room = max(0, max_length - sum(map(len, turns[:-1])) - len(reply.header))
     cut = len(reply.content) + len(reply.end) > room
     if cut:  # without its end token, so that no model learns to stop in mid-sentence
-        reply.content, reply.end = reply.content[:room], []
+        reply.content, reply.end = reply.content[:room], reply.end[:0]
     return cut

@@ -11,7 +11,7 @@ told of it.
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 import numpy as np
 import tiktoken
@@ -24,6 +24,7 @@ from tokenizer import QWEN2_SPLIT, encode_plain
 # tried, with every character of Unicode, that they do the same. Llama 3 groups three digits.
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS = {QWEN2_SPLIT, QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")}
+WORTH_IT = 8_000_000  # bytes; to make the encoder of a large vocabulary takes seconds
 # Settings that change what a byte-level BPE does, with the values at which they change nothing.
 WITHOUT_EFFECT = {
     "dropout": (None, 0.0),
@@ -34,21 +35,29 @@ WITHOUT_EFFECT = {
 
 
 class Encoder:
-    """Encodes plain text. Nothing in it becomes a control token. Can be sent to a process."""
+    """Encodes plain text. Nothing in it becomes a control token. Can be sent to a process.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    size: bytes of text that there are to encode. Few are left to the tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int):
         self.tokenizer = tokenizer
-        self.fast = fast_bpe(tokenizer)
+        self.fast = fast_bpe(tokenizer) if size >= WORTH_IT else None
 
-    def __call__(self, texts: Iterable[str]) -> list[np.ndarray]:
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of each text, uint32."""
-        return [self._encode(text) for text in texts]
+        if self.fast is None:
+            ids = (i for few in batched(texts, 64) for i in encode_plain(self.tokenizer, few))
+            return [np.array(each, dtype=np.uint32) for each in ids]
+        found = [self.fast.encode(text) for text in texts]
+        return [self._slowly(t) if i is None else i for i, t in zip(found, texts, strict=True)]
 
-    def _encode(self, text: str) -> np.ndarray:
-        ids = self.fast.encode(text) if self.fast else None
-        if ids is None:
-            ids = np.array(encode_plain(self.tokenizer, [text])[0], dtype=np.uint32)
-        return ids
+    def _slowly(self, text: str) -> np.ndarray:
+        return np.array(encode_plain(self.tokenizer, [text])[0], dtype=np.uint32)
+
+
+def batched(items: list, size: int) -> Iterator[list]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 class FastBPE:

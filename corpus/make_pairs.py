@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from corpus.chat_format import iter_conversations, to_messages
+from corpus.chat_format import iter_conversations
 from corpus.readers import input_error, iter_records
+from corpus.records import to_messages
 from engine.model_folder import fast_inference, open_model_folder
 
 TEMPERATURE, TOP_P = 0.9, 0.95

@@ -178,6 +178,33 @@ def test_llama_cpp_reads_the_file_as_we_mean_it(model_folder, tmp_path):
     compare_log_probs(model, llama, greedy.tolist(), prompt.shape[1], tolerance=1e-3)
 
 
+def call(city: str) -> dict:
+    arguments = json.dumps({"城市": city}, ensure_ascii=False)
+    return {"id": city, "type": "function", "function": {"name": "天气", "arguments": arguments}}
+
+
+@pytest.mark.peer
+def test_llama_cpp_renders_tools_and_reasoning_with_the_template_as_we_do(model_folder, tmp_path):
+    llama = LlamaCpp(export(model_folder, str(tmp_path / "model.gguf"), "f32"))
+    user, again = ({"role": "user", "content": text} for text in ("北京天气？", "谢谢，上海呢？"))
+    answer = {"role": "assistant", "content": "<think>\n想\n</think>\n\n晴。"}
+    calls = {"role": "assistant", "content": "我查。", "tool_calls": [call("北京"), call("上海")]}
+    calls["reasoning_content"] = "查两个。\n"
+    results = [{"role": "tool", "content": text, "tool_call_id": text} for text in ("晴", "雨")]
+    function = {"name": "天气", "description": '"今天"', "parameters": {"type": "object"}}
+    tools = {"tools": [{"type": "function", "function": function}]}
+    tokenizer = create_tokenizer(model_path=model_folder)
+    for messages, options in [
+        ([{"role": "system", "content": "短"}, user, answer, again], {}),
+        ([user, answer, again, calls, *results], tools),
+        ([{"role": "system", "content": "短"}, user, calls, *results, answer, again], tools),
+    ]:
+        ours = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        )
+        assert llama.post("/apply-template", messages=messages, **options)["prompt"] == ours
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("dtype", ["f16", "q8_0"])
 def test_llama_cpp_loads_the_smaller_types(model_folder, tmp_path, dtype):

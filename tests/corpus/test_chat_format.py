@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.chat_format import FormatError, Renderer, flatten, to_messages, truncate
+from corpus.chat_format import Renderer, flatten, truncate
+from corpus.records import FormatError, to_messages
 
 TALK = [
     {"role": "system", "content": "你是助手。"},
@@ -22,7 +23,8 @@ def turns_of(tokenizer, messages):
 
 
 def render(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    return flatten(turns_of(tokenizer, messages))
+    ids, mask = flatten(turns_of(tokenizer, messages))
+    return ids.tolist(), mask.tolist()
 
 
 def test_ids_and_mask_equal_the_chat_templates_token_for_token(tokenizer):
@@ -123,7 +125,8 @@ def test_a_prompt_that_was_shortened_for_a_long_reply_stays_so_for_a_shorter_one
     assert len(ids) == 64
     conversation = [longer[0], *shorter]
     assert truncate(conversation, 64) is False
-    assert flatten(conversation)[0] == [*flatten(longer[:1])[0], *flatten(shorter)[0]]
+    expected = [*flatten(longer[:1])[0], *flatten(shorter)[0]]
+    assert flatten(conversation)[0].tolist() == expected
     assert list(inspect.signature(truncate).parameters) == ["turns", "max_length"]
 
 

@@ -22,4 +22,4 @@ def test_every_document_comes_once_and_in_order(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     counts = Counter()
     assert list(iter_documents(path, counts)) == ["天地", "玄黄", "宇宙"]
-    assert counts == {"documents read": 6, "dropped: duplicate": 2, "dropped: empty": 1}
+    assert counts == {"read": 6, "dropped: duplicate": 2, "dropped: empty": 1}

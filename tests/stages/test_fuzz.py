@@ -175,7 +175,7 @@ def replies_of(tokenizer, ids: tuple) -> list[bool]:
 @cases(60)
 @given(tokenizer=some_tokenizer, messages=conversations())
 def test_rendering_is_the_chat_templates(tokenizer, messages):
-    ids, mask = flatten(Renderer(tokenizer).render([messages])[0])
+    ids, mask = (array.tolist() for array in flatten(Renderer(tokenizer).render([messages])[0]))
     assert tokenizer.decode(ids) == rendered(tokenizer, messages)
     assert mask == replies_of(tokenizer, tuple(ids))
     if any(token in m["content"] for m in messages for token in SPECIAL_TOKENS):

@@ -32,9 +32,13 @@ from train_data import prepare_data
 # --- records of any shape -----------------------------------------------------------------------
 
 NAMES = "messages conversations instruction input response output history system role content from"
-KEYS = st.sampled_from([*NAMES.split(), "value", "prompt", "chosen", "rejected", "text"])
+NAMES += " tools tool_calls reasoning_content function name arguments query target question"
+NAMES += " rejected_response value prompt chosen rejected text"
+KEYS = st.sampled_from(NAMES.split())
 LEAF: st.SearchStrategy = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | SURROGATE
-LEAF |= st.sampled_from(["user", "assistant", "system", "gpt"])
+LEAF |= st.sampled_from(
+    ["user", "assistant", "system", "gpt", "tool", "function_call", "{}", "[3]"]
+)
 JSON: st.SearchStrategy = st.recursive(
     LEAF,
     lambda value: st.lists(value, max_size=3) | st.dictionaries(KEYS, value, max_size=4),
@@ -52,6 +56,7 @@ PREPARE = {"pretrain": prepare_data, "sft": prepare_sft_data, "dpo": prepare_dpo
 @example(changes={"history": [1]})
 @example(changes={"history": [["问"]]})
 @example(changes={"system": "\ud800"})
+@example(changes={"tools": [{"name": "\ud800"}]})
 def test_a_record_of_any_shape_is_used_or_refused_by_file_and_line(
     tokenizer_folder, tokenizer, stage, changes
 ):

@@ -12,7 +12,8 @@ from tiny import no_training, sft_config, tiny_model, write_jsonl
 
 import sft_data
 from corpus.cache import check_splits
-from corpus.chat_format import Renderer, flatten, to_messages
+from corpus.chat_format import Renderer, flatten
+from corpus.records import to_messages
 from sft_data import inspect, prepare_sft_data
 from sft_train import train_sft
 
@@ -28,7 +29,8 @@ def all_rows(splits) -> list[dict]:
 
 
 def render(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    return flatten(Renderer(tokenizer).render([messages])[0])
+    ids, mask = flatten(Renderer(tokenizer).render([messages])[0])
+    return ids.tolist(), mask.tolist()
 
 
 def targets(row) -> list[int]:
@@ -47,8 +49,8 @@ def test_a_json_array_and_json_lines_give_the_same_rows(tmp_path, tokenizer):
 BAD = {
     "missing key": (
         {"instruction": "问", "answer": "答"},
-        r'sft\.jsonl:2: expected "instruction" and "response", "messages" or "conversations"; '
-        r"found keys \['answer', 'instruction'\]",
+        r'sft\.jsonl:2: "response" is missing beside "instruction"; '
+        r"found keys \['answer', 'instruction'\]; accepted: .*\"conversations\" \| ",
     ),
     "history": (
         {"instruction": "问", "response": "答", "history": [["问"]]},
@@ -56,8 +58,8 @@ BAD = {
     ),
     "not text": ({"instruction": 3, "response": "答"}, r":2: instruction must be text, found int"),
     "role": (
-        {"messages": [{"role": "tool", "content": "x"}]},
-        r":2: .* has role 'tool'; known: sys",
+        {"messages": [{"role": "narrator", "content": "x"}]},
+        r":2: .* has role 'narrator'; known: sys",
     ),
     "no list": ({"messages": "x"}, r":2: 'messages' must be a non-empty list"),
     "no object": ([1], r":2: expected an object, found list"),
@@ -89,7 +91,7 @@ def test_drops_and_cuts_are_counted_and_printed(tmp_path, tokenizer, capsys):
     records += [{"instruction": "长", "response": "长" * 500}]
     prepare(tmp_path, tokenizer, records)
     printed = capsys.readouterr().out
-    assert "5 conversations (1 duplicate, 1 no reply dropped, 1 replies cut)" in printed
+    assert "5 conversations (1 no reply, 1 duplicate dropped, 1 replies cut)" in printed
 
 
 def test_nothing_to_learn_from_is_an_error(tmp_path, tokenizer):

@@ -19,7 +19,7 @@ from tiny import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from corpus.chat_format import to_messages
+from corpus.records import to_messages
 from models import CustomLLM
 from sft_data import prepare_sft_data
 from sft_train import mix_in_pretraining, train_sft

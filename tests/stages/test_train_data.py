@@ -5,19 +5,19 @@ import math
 import os
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
-from corpus.cache import data_fingerprint, split_share, target_bytes
+from corpus.cache import data_fingerprint, target_bytes
 from corpus.documents import iter_documents
 from corpus.packing import split_windows
+from corpus.preparation import question_hash
+from corpus.readers import BLOCK
 from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
-from train_data import SHARD_CHARACTERS, inspect, prepare_data, unigram_loss
+from train_data import inspect, prepare_data, unigram_loss
 
 LENGTH = 32  # tokens in a row
 # Seven digits, each a token, and the end of text: four of them fill a row and none is cut.
@@ -199,7 +199,7 @@ def test_what_a_killed_process_left_in_the_cache_does_no_harm(tmp_path, prepare)
 
 @pytest.mark.parametrize(
     ("record", "found"),
-    [({"content": "a", "title": "b"}, "has 'content', 'title'"), ([1, 2], "is no object")],
+    [({"body": "a", "title": "b"}, "has 'body', 'title'"), ([1, 2], "is no object")],
 )
 def test_a_record_without_text_is_named_by_file_and_line_with_what_it_has(
     tmp_path, prepare, record, found
@@ -207,7 +207,10 @@ def test_a_record_without_text_is_named_by_file_and_line_with_what_it_has(
     dataset = write_records(tmp_path, [{"text": "a"}, record])
     with pytest.raises(ValueError, match="expected") as caught:
         prepare(dataset)
-    assert str(caught.value) == f'{dataset}:2: expected {{"text": "…"}}; this record {found}.'
+    assert str(caught.value) == (
+        f'{dataset}:2: expected {{"text": "…"}} or "content" or "completion"; this record {found}. '
+        "--text_column names another column."
+    )
 
 
 @pytest.mark.parametrize("texts", [[], ["", " "], ["天"]], ids=["nothing", "blank", "tiny"])
@@ -225,7 +228,7 @@ def test_too_little_text_says_so_and_what_to_do(tmp_path, prepare, texts, settin
 def test_few_documents_that_all_fall_to_one_side_still_give_both(tmp_path, prepare, ratio, capsys):
     splits, tokenizer = prepare(write_texts(tmp_path, EVEN[:6]), validation_ratio=ratio)
     train, held_out = (texts_of(splits[name], tokenizer) for name in ("train", "validation"))
-    assert held_out == {min(EVEN[:6], key=split_share)}
+    assert held_out == {min(EVEN[:6], key=question_hash)}
     assert len(train) == 5
     assert train | held_out == set(EVEN[:6])
     assert "6 documents (none dropped), 48 tokens, 0.88 characters/token" in capsys.readouterr().out
@@ -296,43 +299,6 @@ def test_the_inspect_command_fails_in_one_line_without_a_traceback(run_script):
     assert done.returncode != 0
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: absent.jsonl: no such file")
-
-
-@pytest.mark.parametrize("error", [ConnectionError(), OSError("offline\nand more")])
-def test_a_hub_name_that_cannot_be_reached_says_so(prepare, monkeypatch, error):
-    monkeypatch.setattr(datasets.load, "load_dataset_builder", Mock(side_effect=error))
-    message = "'owner/dataset' is neither .* nor a Hub dataset that can be reached .*HF_ENDPOINT"
-    with pytest.raises(ValueError, match=message) as caught:
-        prepare("owner/dataset")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_hub_dataset_is_read_by_its_text_column(prepare, monkeypatch):
-    hub = Mock()  # the only part of datasets that asks the Hub
-    monkeypatch.setattr(datasets.load, "load_dataset_builder", Mock(return_value=hub))
-    hub.info.dataset_size = None
-    hub.as_dataset.return_value = Dataset.from_dict({"text": EVEN})
-    splits, tokenizer = prepare("owner/dataset")
-    assert all_texts(splits, tokenizer) == set(EVEN)
-    hub.as_dataset.return_value = Dataset.from_dict({"body": EVEN})
-    with pytest.raises(ValueError, match=r"expected a 'text' column; found \['body'\]"):
-        prepare("owner/dataset")
-
-
-@pytest.mark.slow
-def test_a_corpus_is_written_shard_by_shard_and_split_like_a_small_one(tmp_path, prepare):
-    texts = [f"{number:03d}" + "quick " * 3000 for number in range(250)]
-    assert sum(map(len, texts)) > SHARD_CHARACTERS
-    (ids,) = encode_plain(prepare(write_texts(tmp_path, EVEN))[1], texts[:1])
-    dataset, row = write_texts(tmp_path, texts), len(ids) + 1  # one document fills a row
-    splits, tokenizer = prepare(dataset, max_seq_len=row, validation_ratio=1e-9)
-    assert texts_of(splits["validation"], tokenizer) == {min(texts, key=split_share)}
-    assert all_texts(splits, tokenizer) == set(texts)
-    (arrow,) = (Path(file["filename"]) for file in splits["train"].cache_files)
-    with pa.memory_map(str(arrow)) as source:
-        held_at_a_time = [len(batch) * len(texts[0]) for batch in pa.ipc.open_stream(source)]
-    assert len(held_at_a_time) > 1
-    assert max(held_at_a_time) < SHARD_CHARACTERS + len(texts[0])
 
 
 @pytest.mark.slow

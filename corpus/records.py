@@ -1,0 +1,232 @@
+"""Records of every accepted format -> messages (SFT), or a question with two answers (DPO).
+
+FORMATS is the one list of what is accepted. A record has the first format all of whose keys it has.
+A key with null is a key that is not there. A further data set with known kinds of keys is one line.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from corpus.messages import (
+    from_json,
+    parse_messages,
+    parse_tools,
+    render,
+    text_of,
+)
+from corpus.readers import FormatError
+
+SFT, DPO = "SFT", "DPO"
+LISTS = ("messages", "conversations")  # keys that hold a list of messages, never text
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of record. README prints these rows.
+
+    name: the public data sets and tools that write it.
+    question: keys of the question, text or messages; () where the answers hold it.
+    answers: SFT: the key of the reply, text; () where the messages hold it. DPO: the keys of the
+        chosen and of the rejected one: text, a message, or messages that begin with the question.
+    optional: keys that are used where they are there. `input` is put behind the question.
+    """
+
+    name: str
+    stage: str
+    question: tuple[str, ...]
+    answers: tuple[str, ...]
+    optional: tuple[str, ...]
+
+    @cached_property
+    def keys(self) -> tuple[str, ...]:
+        return *self.question, *self.answers
+
+    @cached_property
+    def used(self) -> frozenset[str]:
+        return frozenset((*self.keys, *self.optional))
+
+
+AROUND = ("system", "tools")  # of a list of messages
+CONTEXT = ("system", "history", "tools")  # of a question that is text
+REPLY = (*CONTEXT, "reasoning_content")
+PAIR = ("chosen", "rejected")
+FORMATS = (
+    Format("OpenAI, ms-swift", SFT, ("messages",), (), AROUND),
+    Format(
+        "ShareGPT, minimind `sft_t2t_mini.jsonl`, Infinity-Instruct",
+        SFT,
+        ("conversations",),
+        (),
+        AROUND,
+    ),
+    Format("`data/sft_sample.jsonl`", SFT, ("instruction",), ("response",), ("input", *REPLY)),
+    Format(
+        "Alpaca, BELLE, COIG-CQIA, DeepCtrl",
+        SFT,
+        ("instruction",),
+        ("output",),
+        ("input", *REPLY),
+    ),
+    Format("ms-swift", SFT, ("query",), ("response",), REPLY),
+    Format("Firefly", SFT, ("input",), ("target",), REPLY),
+    Format("Chinese-DeepSeek-R1-Distill", SFT, ("input",), ("content",), REPLY),
+    Format("Alpaca, `instruction` = null", SFT, ("input",), ("output",), REPLY),
+    Format("ms-swift", DPO, (), ("messages", "rejected_response"), AROUND),
+    Format("ms-swift", DPO, (), ("messages", "rejected_messages"), AROUND),
+    Format("MedicalGPT", DPO, ("question",), ("response_chosen", "response_rejected"), CONTEXT),
+    Format("zhihu_rlhf_3k, TRL", DPO, ("prompt",), PAIR, CONTEXT),
+    Format("orca_dpo_pairs", DPO, ("question",), PAIR, CONTEXT),
+    Format("`data/dpo_sample.jsonl`, Alpaca", DPO, ("instruction",), PAIR, ("input", *CONTEXT)),
+    Format("OpenAI", DPO, ("messages",), PAIR, AROUND),
+    Format("DPO-En-Zh-20k, ShareGPT", DPO, ("conversations",), PAIR, AROUND),
+    Format("minimind `dpo.jsonl`", DPO, (), PAIR, AROUND),
+)
+# Labels such as `kind`, `id` or `score` are not read. These would be missed: a record with one of
+# them that its format does not use is refused.
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
+ROWS = {stage: [row for row in FORMATS if row.stage == stage] for stage in (SFT, DPO)}
+MEANT = {stage: MEDIA.union(*(row.used for row in rows)) for stage, rows in ROWS.items()}
+
+
+def to_messages(record: dict) -> list[dict]:
+    """Plain messages, {role, content}, of any SFT record.
+
+    Raises:
+        FormatError: names what is missing and what was found.
+    """
+    fields, row = _recognise(record, SFT)
+    messages = _question(fields, row)
+    for key in row.answers:
+        reply = {"role": "assistant", "content": text_of(fields[key], key)}
+        if reasoning := fields.get("reasoning_content"):
+            reply["reasoning_content"] = text_of(reasoning, "reasoning_content")
+        messages.append(reply)
+    _refuse_unused(fields, row, messages)
+    return render(_with_system(fields, messages))
+
+
+def to_pair(record: dict) -> tuple[list[dict], str, str]:
+    """(plain messages of the question, chosen text, rejected text) of any DPO record.
+
+    Raises:
+        FormatError: names what is missing and what was found.
+    """
+    fields, row = _recognise(record, DPO)
+    before, chosen = _answer(fields[row.answers[0]], row.answers[0])
+    before_rejected, rejected = _answer(fields[row.answers[1]], row.answers[1])
+    if before is None or before_rejected is None:  # an answer that is text asks what the other asks
+        before = before_rejected = before or before_rejected or []
+    if before != before_rejected:
+        raise FormatError("chosen and rejected must begin with the same messages")
+    question = _question(fields, row)
+    if before and question and before[-len(question) :] != question:
+        raise FormatError(f"{row.answers[0]!r} begins with another question than {row.keys[0]!r}")
+    question = before or question
+    if not question:
+        raise FormatError(f"no question before the answers; {_found_and_accepted(fields, DPO)}")
+    if question[-1]["role"] not in ("user", "tool"):
+        raise FormatError("the prompt must end with a user's message or a tool's result")
+    _refuse_unused(fields, row, [*question, chosen])
+    question = _with_system(fields, question)
+    *prompt, chosen = render([*question, chosen])
+    return prompt, chosen["content"], render([*question, rejected])[-1]["content"]
+
+
+def _recognise(record, stage: str) -> tuple[dict, Format]:
+    """(fields that are not null, the format that has these keys)."""
+    if not isinstance(record, dict):
+        raise FormatError(f"expected an object, found {type(record).__name__}")
+    fields = {key: value for key, value in record.items() if value is not None}
+    for row in ROWS[stage]:
+        if fields.keys() >= set(row.keys):
+            return fields, row
+    nearest = max(ROWS[stage], key=lambda row: sum(key in fields for key in row.keys))
+    missing = _names(key for key in nearest.keys if key not in fields)
+    there = _names(key for key in nearest.keys if key in fields)
+    what = f"{missing} is missing beside {there}" if there else f"no {stage} record"
+    raise FormatError(f"{what}; {_found_and_accepted(fields, stage)}")
+
+
+def _names(keys: Iterable[str]) -> str:
+    return " + ".join(f'"{key}"' for key in keys)
+
+
+def _found_and_accepted(fields: dict, stage: str) -> str:
+    accepted = " | ".join(_names(row.keys) for row in ROWS[stage])
+    return f"found keys {sorted(fields)}; accepted: {accepted}"
+
+
+def _question(fields: dict, row: Format) -> list[dict]:
+    """Parsed messages up to the reply; [] where the answers hold the question."""
+    messages = _history(fields.get("history")) if "history" in row.optional else []
+    for key in row.question:
+        value = fields[key]
+        if key in LISTS or (key == "prompt" and isinstance(value, list)):
+            messages += parse_messages(value, key)
+            continue
+        texts = [text_of(value, key)]
+        if "input" in row.optional and fields.get("input"):
+            texts.append(text_of(fields["input"], "input"))
+        messages.append({"role": "user", "content": "\n".join(text for text in texts if text)})
+    if any(message["role"] == "system" for message in messages[1:]):
+        raise FormatError("a system message stands behind 'history': only the first may be one")
+    return messages
+
+
+def _history(value) -> list[dict]:
+    """Earlier turns: a list of [question, answer] or of messages, or JSON text of either."""
+    turns = (from_json(value, "'history'") or []) if value else []
+    if turns and isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        return parse_messages(turns, "history")
+    is_list = isinstance(turns, list)
+    if not is_list or any(not isinstance(turn, list) or len(turn) != 2 for turn in turns):
+        raise FormatError('"history" must be a list of [question, answer] or of messages')
+    return [
+        {"role": role, "content": text_of(text, "history")}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _answer(value, key: str) -> tuple[list[dict] | None, dict]:
+    """(messages before it, answer) of an answer given as text (None), message or messages."""
+    if isinstance(value, str):
+        return None, {"role": "assistant", "content": text_of(value, key)}
+    messages = parse_messages([value] if isinstance(value, dict) else value, key)
+    if messages[-1]["role"] != "assistant":
+        raise FormatError(f"{key!r} must end with an assistant's message")
+    return messages[:-1], messages[-1]
+
+
+def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
+    """Messages that begin with the record's own `system` and `tools`, where it has them."""
+    system = text_of(fields.get("system", ""), "system")
+    tools = parse_tools(fields["tools"], "'tools'") if fields.get("tools") else []
+    if not system and not tools:
+        return messages
+    stated: dict = {"role": "system", "content": system} | ({"tools": tools} if tools else {})
+    if messages[0]["role"] != "system":
+        return [stated, *messages]
+    first = messages[0]
+    for key, field in (("system", "content"), ("tools", "tools")):
+        if first.get(field) and stated.get(field) and first[field] != stated[field]:
+            raise FormatError(f"{key!r} differs from the system message: keep one of them")
+        if first.get(field):
+            stated[field] = first[field]
+    return [stated, *messages[1:]]
+
+
+def _refuse_unused(fields: dict, row: Format, messages: list[dict]):
+    """Nothing that was meant for the model is dropped in silence."""
+    for key in sorted((fields.keys() - row.used) & MEANT[row.stage]):
+        if fields[key] and not _is_said(fields[key], messages):
+            raise FormatError(f"{key!r} is not used beside {_names(row.keys)}: take it out")
+
+
+def _is_said(value, messages: list[dict]) -> bool:
+    """Whether a text, or each of a list of messages, stands in the messages already."""
+    said = [message["content"] for message in messages]
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return all(item.get("content", item.get("value")) in said for item in value)
+    return value in said
