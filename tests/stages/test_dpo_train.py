@@ -143,7 +143,7 @@ def test_bad_input_stops_before_training(tmp_path, base_model):
     with no_training(), pytest.raises(ValueError, match="No finished sft run"):
         train_dpo(wandb_config=config | {"init_from": None})
     Path(config["dataset"]).write_text('{"instruction": "问", "chosen": "好"}\n', encoding="utf-8")
-    found = r"dpo\.jsonl:1: .*found \['chosen', 'instruction'\]"
+    found = r"dpo\.jsonl:1: .*found keys \['chosen', 'instruction'\]"
     with no_training(), pytest.raises(ValueError, match=found):
         train_dpo(wandb_config=config)
 
