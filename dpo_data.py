@@ -9,7 +9,6 @@ where the rejected answer does not see the chosen one. That is exact and saves t
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, flatten, truncate
+from corpus.chat_format import Renderer, flatten, key_of, truncate
 from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit
 from corpus.readers import Dropped
@@ -102,10 +101,11 @@ class PairRecipe:
         return prompt, chosen, rejected
 
     def identity(self, pair) -> str:
-        return json.dumps(pair, ensure_ascii=False)
+        prompt, chosen, rejected = pair
+        return key_of([*prompt, reply(chosen), reply(rejected)])
 
     def question(self, pair) -> str:
-        return json.dumps(pair[0], ensure_ascii=False)
+        return key_of(pair[0])
 
     def encode(self, pairs: list, counts: Counter) -> list[dict | None]:
         """The columns of each."""

@@ -5,7 +5,6 @@ python sft_data.py --inspect my.json    your own file, folder or glob
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, flatten, truncate
+from corpus.chat_format import Renderer, flatten, key_of, total_length, truncate
 from corpus.packing import PackedCollator, best_fit
 from corpus.readers import Dropped
 from corpus.records import to_messages
@@ -93,25 +92,30 @@ class ConversationRecipe:
         return messages
 
     def identity(self, messages: list[dict]) -> str:
-        return json.dumps(messages, ensure_ascii=False)
+        return key_of(messages)
 
     def question(self, messages: list[dict]) -> str:
-        return json.dumps(messages[:-1], ensure_ascii=False)
+        return key_of(messages[:-1])
 
     def encode(self, conversations: list[list[dict]], counts: Counter) -> list:
         """(ids, labels) of each."""
+        rendered = self.renderer.render(conversations)
+        counts["replies cut"] += sum([truncate(turns, self.max_length) for turns in rendered])
+        # All at once: an array of its own for each conversation costs more than its tokens.
+        ids, mask = flatten([turn for turns in rendered for turn in turns])
+        labels = np.where(mask, ids, IGNORE_INDEX).astype(np.int32)
+        ids = ids.astype(self.id_type)
+        ends = np.cumsum([total_length(turns) for turns in rendered])
+        targets = np.add.reduceat(mask, ends - np.diff(ends, prepend=0), dtype=np.int64)
         examples: list = []
-        for turns in self.renderer.render(conversations):
-            counts["replies cut"] += truncate(turns, self.max_length)
-            ids, mask = flatten(turns)
+        start = 0
+        for end, count in zip(ends.tolist(), targets.tolist(), strict=True):
             # If every character is several byte tokens, the headers alone may fill a row.
-            if mask[1:].any() and len(ids) <= self.max_length:
-                labels = np.where(mask, ids, np.int32(IGNORE_INDEX)).astype(np.int32)
-                examples.append((ids.astype(self.id_type), labels))
-                counts["conversations"] += 1
-            else:
-                examples.append(None)
-                counts["dropped: no target"] += 1
+            is_usable = count > 0 and end - start <= self.max_length
+            examples.append((ids[start:end], labels[start:end]) if is_usable else None)
+            start = end
+        unusable = examples.count(None)
+        counts.update({"conversations": len(examples) - unusable, "dropped: no target": unusable})
         return examples
 
     def length(self, example) -> int:

@@ -34,7 +34,7 @@ def iter_conversations(data_path: str, parse) -> Iterator:
                 raise input_error(path, line, f"{error}.") from error
 
 
-@dataclass
+@dataclass(slots=True)
 class Turn:
     """One rendered message, as arrays of ids: header (`<|im_start|>role\\n`), content, end.
 
@@ -78,14 +78,18 @@ class Renderer:
 def _join_tool_results(messages: list[dict]) -> list[tuple[str, str]]:
     """(role, content) of each turn."""
     turns: list[tuple[str, str]] = []
-    for message in messages:
-        role, content = message["role"], message["content"]
+    for role, content in [(message["role"], message["content"]) for message in messages]:
         if role == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
             if turns and turns[-1][0] == "tool":
                 content = f"{turns.pop()[1]}\n{content}"
         turns.append((role, content))
     return turns
+
+
+def key_of(messages: list[dict]) -> str:
+    """A text that only equal messages share."""
+    return "".join([f"{m['role']} {len(m['content'])} {m['content']}" for m in messages])
 
 
 def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
@@ -96,15 +100,17 @@ def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def flatten(turns: list[Turn]) -> tuple[np.ndarray, np.ndarray]:
     """(ids, mask): mask is True on an assistant's words and on their end token."""
-    ids = np.concatenate([part for turn in turns for part in (turn.header, turn.content, turn.end)])
-    mask = np.zeros(len(ids), dtype=bool)
-    start = 0
+    parts: list[np.ndarray] = []
+    spoken: list[bool] = []
     for turn in turns:
-        if turn.role == "assistant":
-            begin = start + len(turn.header)
-            mask[begin : begin + len(turn.content) + min(len(turn.end), 1)] = True
-        start += len(turn)
-    return ids, mask
+        by_assistant = turn.role == "assistant"
+        parts += [turn.header, turn.content, turn.end[:1], turn.end[1:]]
+        spoken += [False, by_assistant, by_assistant, False]
+    return np.concatenate(parts), np.repeat(spoken, list(map(len, parts)))
+
+
+def total_length(turns: list[Turn]) -> int:
+    return sum([len(turn.header) + len(turn.content) + len(turn.end) for turn in turns])
 
 
 def truncate(turns: list[Turn], max_length: int) -> bool:
@@ -116,11 +122,12 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
 
     Returns whether the reply was cut.
     """
-    reply = turns[-1]
-
     def excess() -> int:
-        return sum(map(len, turns)) - max_length
+        return total_length(turns) - max_length
 
+    if excess() <= 0:
+        return False
+    reply = turns[-1]
     first = 1 if turns[0].role == "system" else 0
     asked = [number for number, turn in enumerate(turns[:-1]) if turn.role == "user"]
     kept = len(turns) - asked[-1] if asked else 2  # turns from the last question on
@@ -137,7 +144,7 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
         del turns[0]
     if excess() <= 0:
         return False
-    room = max(0, max_length - sum(map(len, turns[:-1])) - len(reply.header))
+    room = max(0, max_length - total_length(turns[:-1]) - len(reply.header))
     cut = len(reply.content) + len(reply.end) > room
     if cut:  # without its end token, so that no model learns to stop in mid-sentence
         reply.content, reply.end = reply.content[:room], reply.end[:0]

@@ -145,6 +145,8 @@ def render(messages: list[dict]) -> list[dict]:
     As in Qwen3's template, only what was thought since the last question is shown. Unlike there,
     a reply without reasoning gets no empty `<think>` block. Rendering twice changes nothing.
     """
+    if all(len(m) == 2 and "</think>" not in m["content"] for m in messages):
+        return messages  # nothing but roles and words
     question = max((i for i, message in enumerate(messages) if _asks(message)), default=-1)
     plain = []
     for number, message in enumerate(messages):

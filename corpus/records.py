@@ -6,7 +6,7 @@ A key with null is a key that is not there. A further data set with known kinds 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from corpus.messages import (
     from_json,
@@ -138,14 +138,19 @@ def _recognise(record, stage: str) -> tuple[dict, Format]:
     if not isinstance(record, dict):
         raise FormatError(f"expected an object, found {type(record).__name__}")
     fields = {key: value for key, value in record.items() if value is not None}
-    for row in ROWS[stage]:
-        if fields.keys() >= set(row.keys):
-            return fields, row
+    if row := _row_of(frozenset(fields), stage):
+        return fields, row
     nearest = max(ROWS[stage], key=lambda row: sum(key in fields for key in row.keys))
     missing = _names(key for key in nearest.keys if key not in fields)
     there = _names(key for key in nearest.keys if key in fields)
     what = f"{missing} is missing beside {there}" if there else f"no {stage} record"
     raise FormatError(f"{what}; {_found_and_accepted(fields, stage)}")
+
+
+@cache
+def _row_of(keys: frozenset[str], stage: str) -> Format | None:
+    """The first format all of whose keys are there."""
+    return next((row for row in ROWS[stage] if keys >= set(row.keys)), None)
 
 
 def _names(keys: Iterable[str]) -> str:
@@ -219,9 +224,14 @@ def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
 
 def _refuse_unused(fields: dict, row: Format, messages: list[dict]):
     """Nothing that was meant for the model is dropped in silence."""
-    for key in sorted((fields.keys() - row.used) & MEANT[row.stage]):
+    for key in _unused(frozenset(fields), row):
         if fields[key] and not _is_said(fields[key], messages):
             raise FormatError(f"{key!r} is not used beside {_names(row.keys)}: take it out")
+
+
+@cache
+def _unused(keys: frozenset[str], row: Format) -> list[str]:
+    return sorted((keys - row.used) & MEANT[row.stage])
 
 
 def _is_said(value, messages: list[dict]) -> bool:
