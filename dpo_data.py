@@ -123,16 +123,17 @@ class PairRecipe:
         prompt = conversation[:-1]
         counts["answers cut"] += truncate([*prompt, shorter], self.max_length)
         # The end token is an answer's last target.
-        ids = [np.concatenate([turn.content, turn.end[:1]]) for turn in (chosen, rejected)]
-        if np.array_equal(*ids):
+        chosen_ids = np.concatenate([chosen.content, chosen.end[:1]])
+        rejected_ids = np.concatenate([rejected.content, rejected.end[:1]])
+        if np.array_equal(chosen_ids, rejected_ids):
             counts["dropped: equal after truncation"] += 1
             return None
-        columns = {
+        return {
             "prompt_ids": np.concatenate([flatten(prompt)[0], chosen.header]),
-            "chosen_ids": ids[0],
-            "rejected_ids": ids[1],
+            "chosen_ids": chosen_ids,
+            "rejected_ids": rejected_ids,
+            "chosen_bytes": self.byte_lengths[chosen_ids].sum(),
         }
-        return columns | {"chosen_bytes": self.byte_lengths[ids[0]].sum()}
 
     def length(self, pair: dict) -> int:
         return sum(len(pair[f"{name}_ids"]) for name in PARTS)

@@ -21,6 +21,7 @@ import torch
 from corpus.documents import iter_documents
 from corpus.readers import find_files, input_error, iter_records, read_text
 from engine.model_folder import fast_inference, open_model_folder
+from engine.progress import Progress
 from engine.runs import find_newest_final
 from tokenizer import encode_plain, token_byte_lengths
 
@@ -30,7 +31,10 @@ BATCH_TOKENS = 8192  # of one forward pass
 
 @torch.no_grad()
 def window_log_probs(
-    model, windows: list[tuple[list[int], int]], batch_tokens: int = BATCH_TOKENS
+    model,
+    windows: list[tuple[list[int], int]],
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
 ) -> list[np.ndarray]:
     """Log-probs (nats) of each window's ids from position `first` on (first >= 1).
 
@@ -55,6 +59,8 @@ def window_log_probs(
                 predictors, model.lm_head.weight, targets, backend.chunks
             )
             results[index] = log_probs.cpu().double().numpy()
+        if progress:
+            progress.add(len(batch))
     return results
 
 
@@ -201,7 +207,8 @@ def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_
                 ids = (context + option)[-max_length:]
                 windows.append((ids, max(1, len(ids) - len(option))))
             scored.append((subject, question))
-    log_probs = iter(window_log_probs(model, windows))
+    with Progress("Evaluating", len(windows), "option") as progress:
+        log_probs = iter(window_log_probs(model, windows, progress=progress))
     rights: dict[str, dict[str, list]] = defaultdict(
         lambda: {"summed": [], "normalized": [], "chance": []}
     )
@@ -291,7 +298,7 @@ def score(model, tokenizer, arguments) -> tuple[dict, list[str]]:
     stride = arguments.stride or max_length // 2
     if not 1 <= stride < max_length:
         raise ValueError(f"--stride {stride} must be between 1 and the context {max_length} - 1.")
-    texts = iter_documents(arguments.data)
+    texts = iter_documents(arguments.data, what="Evaluating")
     scores = bits_per_byte(model, tokenizer, texts, max_length, stride)
     lines = [
         f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}"

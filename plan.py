@@ -25,7 +25,8 @@ import sft_train
 import train_llm
 from corpus.documents import iter_documents
 from corpus.packing import PackedCollator
-from corpus.readers import find_files, is_local, iter_records
+from corpus.readers import find_files, iter_records
+from corpus.sources import datasets_of, is_remote
 from dpo_data import PairCollator
 from engine import cards, memory, runs, settings
 from engine.cards import Card
@@ -85,13 +86,23 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     return config, CustomLLMConfig.from_pretrained(folder), str(folder)
 
 
-def count_characters(stage: Stage, dataset: str, read_at_most: int = READ_AT_MOST) -> float:
-    """Characters of text in a corpus. A large one is estimated from its beginning."""
-    files = find_files(dataset)
+def count_all_characters(stage: Stage, config: dict) -> float | None:
+    """Characters of all datasets; None where one lies elsewhere. Estimated as below."""
+    names = [name for name, _ in datasets_of(config["dataset"])]
+    if any(map(is_remote, names)):
+        return None
+    column = config.get("text_column")
+    return sum(count_characters(stage, find_files(name), column) for name in names)
+
+
+def count_characters(
+    stage: Stage, files: list[Path], text_column=None, read_at_most: int = READ_AT_MOST
+) -> float:
+    """Characters of text in files. Of large ones they are estimated from the beginning."""
     total, read, characters = sum(file.stat().st_size for file in files), 0, 0
     for file in files:
         in_file = 0
-        for text in file_texts(stage, file):
+        for text in file_texts(stage, file, text_column):
             characters += len(text)
             in_file += len(text.encode())
             if characters > read_at_most and file.suffix in (".jsonl", ".json", ".txt"):
@@ -102,9 +113,9 @@ def count_characters(stage: Stage, dataset: str, read_at_most: int = READ_AT_MOS
     return characters
 
 
-def file_texts(stage: Stage, file: Path):
+def file_texts(stage: Stage, file: Path, text_column: str | None):
     if stage is PRETRAIN:
-        yield from iter_documents(str(file))
+        yield from iter_documents(str(file), text_column=text_column)
         return
 
     def strings(value):
@@ -126,8 +137,9 @@ def describe_hours(stage: Stage, config: dict, model, card: Card) -> list[str]:
     lines = [f"Speed: {low / flops:,.0f} to {high / flops:,.0f} tokens/s on {bounds}"]
     per_token = [flops / high / 3600, flops / low / 3600]  # hours
     lines.append(f"Time: {span(per_token, 1e9)} per billion tokens (estimated)")
-    if is_local(config["dataset"]):
-        tokens = count_characters(stage, config["dataset"]) / CHARACTERS_PER_TOKEN
+    characters = count_all_characters(stage, config)
+    if characters is not None:
+        tokens = characters / CHARACTERS_PER_TOKEN
         epochs = config["num_epochs"]
         lines.append(
             f"Time: {span(per_token, tokens * epochs)} for {epochs} epochs of {config['dataset']}, "

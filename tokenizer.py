@@ -11,7 +11,6 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +273,9 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
 
 def main():
     # Needed by this command, not by those who import this file.
+    from corpus.cache import Data, Options
     from corpus.documents import iter_documents
+    from train_data import DocumentRecipe, train_on_share
 
     parser = argparse.ArgumentParser(
         description="Train a byte-level BPE tokenizer, or measure one."
@@ -283,10 +284,10 @@ def main():
         "--files", default="data/pretrain_sample.jsonl", help="file, folder or glob"
     )
     parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--megabytes", type=float, default=10, help="of text to learn from")
     parser.add_argument("--output", default="checkpoints/tokenizer", help="folder to write")
     parser.add_argument("--measure", help="do not train: measure this folder or Hub name instead")
     arguments = parser.parse_args()
-    documents = partial(iter_documents, arguments.files)
     try:
         if arguments.measure:
             tokenizer = create_tokenizer(model_path=arguments.measure)
@@ -295,10 +296,11 @@ def main():
                 raise ValueError(
                     f"{arguments.output} already holds a tokenizer: choose another --output."
                 )
-            tokenizer = train_tokenizer(documents(), arguments.vocab_size)
+            data, recipe = Data(arguments.files, Options()), DocumentRecipe(None)
+            tokenizer = train_on_share(data, recipe, arguments.vocab_size, arguments.megabytes)
             tokenizer.save_pretrained(arguments.output)
             print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")
-        print(report(tokenizer, documents()))
+        print(report(tokenizer, iter_documents(arguments.files)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

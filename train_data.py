@@ -68,7 +68,7 @@ def prepare_data(
     tokenizer = (
         create_tokenizer(model_path=tokenizer_path)
         if tokenizer_path
-        else train_on_share(data, recipe, vocab_size, tokenizer_megabytes)
+        else cached_tokenizer(data, recipe, vocab_size, tokenizer_megabytes)
     )
     recipe = replace(recipe, tokenizer=tokenizer, max_seq_len=max_seq_len, size=data.size)
     settings = [text_column, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
@@ -78,8 +78,8 @@ def prepare_data(
     return splits, tokenizer
 
 
-def train_on_share(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float):
-    """A tokenizer that is trained on at most so many megabytes of the training text. Cached."""
+def cached_tokenizer(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float):
+    """A tokenizer that is trained on at most so many megabytes of the training text."""
     split = [data.options.validation_ratio, data.options.validation_tokens]
     name = settings_hash(
         data.settings, recipe.text_column, vocab_size, megabytes, split, CACHE_VERSION
@@ -87,17 +87,24 @@ def train_on_share(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, 
     folder = data.cache_dir / f"tokenizer-{name}"
     with cache_lock(data.cache_dir):
         if not folder.exists():
-            print(f"Training a {vocab_size:,}-token tokenizer on {data.name} …", flush=True)
-            index, choice = data.index(recipe), data.choice(recipe)
-            chosen = choose_for_tokenizer(index, choice, megabytes)
-            size, total = index.sizes[chosen > 0].sum(), index.sizes[index.is_first].sum()
-            print(f"It learns from {size / 1e6:,.1f} MB of {total / 1e6:,.1f} MB of text.", flush=True)
-            with Progress("Training the tokenizer", float(size)) as progress:
-                texts = chosen_texts(data.corpus, recipe, index, chosen, progress)
-                tokenizer = train_tokenizer(texts, vocab_size)
+            tokenizer = train_on_share(data, recipe, vocab_size, megabytes)
             with atomic_folder(folder) as temporary:
                 tokenizer.save_pretrained(temporary)
     return create_tokenizer(model_path=str(folder))
+
+
+def train_on_share(
+    data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float
+) -> PreTrainedTokenizerBase:
+    """Train a tokenizer on so many megabytes of the training text, chosen by hash."""
+    print(f"Training a {vocab_size:,}-token tokenizer on {data.name} …", flush=True)
+    index, choice = data.index(recipe), data.choice(recipe)
+    chosen = choose_for_tokenizer(index, choice, megabytes)
+    size, total = index.sizes[chosen > 0].sum(), index.sizes[index.is_first].sum()
+    print(f"It learns from {size / 1e6:,.1f} MB of {total / 1e6:,.1f} MB of text.", flush=True)
+    with Progress("Training the tokenizer", float(size)) as progress:
+        texts = chosen_texts(data.corpus, recipe, index, chosen, progress)
+        return train_tokenizer(texts, vocab_size)
 
 
 @dataclass
@@ -112,6 +119,7 @@ class DocumentRecipe:
     def __post_init__(self):
         if self.tokenizer:
             self.encoder = Encoder(self.tokenizer, self.size)
+            self.end = np.uint32(self.tokenizer.eos_token_id)
             self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
             self.place_type = np.uint16 if self.max_seq_len <= 2**16 else np.uint32
             kinds = {"input_ids": self.id_type, "position_ids": self.place_type}
@@ -131,7 +139,10 @@ class DocumentRecipe:
         counts["documents"] += len(texts)
         counts["characters"] += sum(map(len, texts))
         end = np.array([self.tokenizer.eos_token_id], dtype=self.id_type)
-        return [np.concatenate([ids, end], dtype=self.id_type, casting="unsafe") for ids in self.encoder(texts)]
+        return [
+            np.concatenate([ids, end], dtype=self.id_type, casting="unsafe")
+            for ids in self.encoder(texts)
+        ]
 
     def length(self, document: np.ndarray) -> int:
         return len(document)
@@ -172,8 +183,8 @@ def _both_splits(
     rows = max(splits.values(), key=len)
     if len(rows) < 2:
         raise ValueError(
-            f"{data.name}: {counts.get('tokens', 0)} usable tokens are too few for a training and a "
-            f"validation row of {max_seq_len} ({counts}). Add text or lower max_seq_len."
+            f"{data.name}: {counts.get('tokens', 0)} usable tokens are too few for a training and "
+            f"a validation row of {max_seq_len} ({counts}). Add text or lower max_seq_len."
         )
     most = data.options.validation_tokens // max_seq_len
     first = len(rows) - max(1, min(len(rows) // 20, most))
@@ -183,7 +194,7 @@ def _both_splits(
 
 
 def describe(counts: dict, splits: dict[str, Dataset], name: str) -> str:
-    tokens, held_out = counts["tokens"], counts.get("held out and not used", 0)
+    tokens = counts["tokens"]
     return (
         f"Data {name}: {counts['documents']:,} documents ({cache.dropped(counts)} dropped), "
         f"{tokens:,} tokens, {counts['characters'] / tokens:.2f} characters/token; "

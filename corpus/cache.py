@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +41,7 @@ class Options:
 
     def __post_init__(self):
         if not 0 < self.validation_ratio < 1:
-            raise ValueError(
-                f"validation_ratio={self.validation_ratio} must be between 0 and 1."
-            )
+            raise ValueError(f"validation_ratio={self.validation_ratio} must be between 0 and 1.")
 
 
 def options_of(config: dict) -> dict:
@@ -149,7 +146,7 @@ def remember(rows: Dataset, name: str, compute: Callable[[], float]) -> float:
 
 def dropped(counts: dict) -> str:
     """'3 empty, 1 duplicate', or 'none'."""
-    drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if name.startswith("dropped")]
+    drops = [f"{n:,} {name[9:]}" for name, n in counts.items() if n and name[:7] == "dropped"]
     return ", ".join(drops) or "none"
 
 

@@ -122,6 +122,7 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
 
     Returns whether the reply was cut.
     """
+
     def excess() -> int:
         return total_length(turns) - max_length
 

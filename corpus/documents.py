@@ -2,12 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import xxhash
 
-from corpus.readers import Dropped, FormatError, input_error, iter_records
+from corpus.preparation import Corpus, usable_items
+from corpus.readers import Dropped, FormatError
 from corpus.sources import find_data
+from engine.progress import Progress
 
 SAMPLE = "data/pretrain_sample.jsonl"
 TEXT_COLUMNS = ("text", "content", "completion")  # the first that a record has is its text
@@ -20,14 +23,7 @@ def document_of(record, text_column: str | None = None) -> str:
         Dropped: there is no text that could be trained on.
         FormatError: the record has no such column.
     """
-    if isinstance(record, str):
-        text: object = record
-    else:
-        names = (text_column,) if text_column else TEXT_COLUMNS
-        column = next((name for name in names if name in record), None) if _is_object(record) else None
-        if column is None:
-            raise FormatError(_describe_missing(record, names))
-        text = record[column]
+    text = record if isinstance(record, str) else _column_of(record, text_column)
     if not isinstance(text, str):
         raise Dropped("not text")
     if not text.strip():
@@ -39,40 +35,46 @@ def document_of(record, text_column: str | None = None) -> str:
     return text
 
 
-def _is_object(record) -> bool:
-    return isinstance(record, dict)
-
-
-def _describe_missing(record, names: tuple[str, ...]) -> str:
-    has = f"has {', '.join(map(repr, record))}" if _is_object(record) else "is no object"
+def _column_of(record, text_column: str | None) -> object:
+    names = (text_column,) if text_column else TEXT_COLUMNS
+    if isinstance(record, dict):
+        for name in names:
+            if name in record:
+                return record[name]
     others = "".join(f' or "{name}"' for name in names[1:])
-    return (
+    has = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else "is no object"
+    raise FormatError(
         f'expected {{"{names[0]}": "…"}}{others}; this record {has}. '
         "--text_column names another column"
     )
 
 
-def iter_documents(dataset: str = SAMPLE, counts: Counter | None = None) -> Iterator[str]:
-    """The usable documents of a corpus, each once. `counts` counts what is dropped, by reason.
+def iter_documents(
+    dataset: str = SAMPLE,
+    counts: Counter | None = None,
+    what: str = "",
+    text_column: str | None = None,
+) -> Iterator[str]:
+    """The usable documents of a corpus, each once and in order, by this process alone.
 
     To find duplicates, memory grows by one 8-byte hash per document.
+
+    Args:
+        counts: counts what is dropped, by reason.
+        what: the name of a progress bar; without one nothing is shown.
     """
     counts = Counter() if counts is None else counts
     seen = SeenHashes()
-    for path in find_data(dataset):
-        for line, record in iter_records(path):
-            counts["read"] += 1
-            try:
-                text = document_of(record)
-            except Dropped as reason:
-                counts[f"dropped: {reason}"] += 1
-            except FormatError as error:
-                raise input_error(path, line, f"{error}.") from error
-            else:
+    corpus = Corpus([(find_data(dataset), None)])
+    parse = partial(document_of, text_column=text_column)
+    with Progress(what, corpus.stored_bytes(), shown=bool(what)) as progress:
+        for piece in corpus.pieces():
+            for text in usable_items(parse, piece.block, counts):
                 if seen.add(xxhash.xxh3_64_intdigest(text.encode())):
                     yield text
                 else:
                     counts["dropped: duplicate"] += 1
+            progress.reach(piece.position)
 
 
 class SeenHashes:

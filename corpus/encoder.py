@@ -128,7 +128,7 @@ def _split_of(pre_tokenizer: dict | None) -> str | None:
 
 
 def _ranks(model: dict) -> dict[bytes, int] | None:
-    """The rank of each token that can arise, by its bytes; None if there is no one order of them."""
+    """The rank of each token that can arise, by its bytes; None if they have no one order."""
     byte_of = {character: byte for byte, character in enumerate(BYTE_CHARACTERS)}
     ranks = {bytes([byte]): byte for byte in range(256) if BYTE_CHARACTERS[byte] in model["vocab"]}
     if len(ranks) < 256:

@@ -7,12 +7,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+import xxhash
 
 from corpus.chat_format import iter_conversations
 from corpus.readers import input_error, iter_records
 from corpus.records import to_messages
 from engine.model_folder import fast_inference, open_model_folder
+from engine.progress import track
 
 TEMPERATURE, TOP_P = 0.9, 0.95
 
@@ -36,10 +37,12 @@ def make_pairs(
         raise ValueError(f"--output {output}: pairs are JSON lines, name it .jsonl.")
     model, tokenizer = open_model_folder(model_path)
     done = _read_done(Path(output))
-    conversations = list(islice(iter_conversations(prompts_path, to_messages), limit))
+    # Once to the end first: a broken record is found before anything is sampled.
+    count = sum(1 for _ in islice(iter_conversations(prompts_path, to_messages), limit))
+    conversations = islice(iter_conversations(prompts_path, to_messages), limit)
     written = 0
     with open(output, "a", encoding="utf-8") as stream:
-        for messages in tqdm(conversations, disable=None, unit="prompt"):
+        for messages in track(conversations, "Making pairs", count, "prompt"):
             *prompt, answer = messages
             key = _key(prompt)
             if answer["role"] != "assistant" or key in done:
@@ -58,7 +61,7 @@ def make_pairs(
     print(f"{written:,} pairs -> {output}")
 
 
-def _read_done(output: Path) -> set[str]:
+def _read_done(output: Path) -> set[int]:
     """Prompts that the output has. A last line that a kill cut short is removed from the file."""
     if not output.exists():
         return set()
@@ -74,8 +77,9 @@ def _read_done(output: Path) -> set[str]:
     return done
 
 
-def _key(prompt: list[dict]) -> str:
-    return json.dumps(prompt, ensure_ascii=False, sort_keys=True)
+def _key(prompt: list[dict]) -> int:
+    """A hash in place of the text, which would fill the memory."""
+    return xxhash.xxh3_64_intdigest(json.dumps(prompt, sort_keys=True).encode())
 
 
 def sample_reply(model, tokenizer, prompt: list[dict], max_new_tokens: int) -> str:

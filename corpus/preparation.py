@@ -7,7 +7,7 @@ the byte, however many processes there are, and memory grows by 20 bytes a recor
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,7 +136,9 @@ class Index:
 
 def read_index(corpus: Corpus, recipe: Recipe) -> Index:
     """The first reading. Raises ValueError for the first broken record, with its file and line."""
-    parts, counts, block_bytes = [], Counter(), 0
+    parts: list[list] = []
+    counts: Counter = Counter()
+    block_bytes = 0
     with Progress("Reading", corpus.stored_bytes()) as progress:
         for *part, found, size, position in corpus.map(partial(_examine, recipe), corpus.pieces()):
             parts.append(part)
@@ -144,16 +146,17 @@ def read_index(corpus: Corpus, recipe: Recipe) -> Index:
             block_bytes += size
             progress.reach(position)
     kinds = (np.uint64, np.uint64, np.uint32, np.uint16)
-    columns = zip(*parts, strict=True) if parts else [[]] * 4
-    arrays = [np.concatenate([np.empty(0, k), *c]) for k, c in zip(kinds, columns, strict=True)]
-    return Index(*arrays, [len(part[0]) for part in parts], block_bytes, counts)
+    empty = [np.empty(0, dtype=kind) for kind in kinds]
+    identities, questions, sizes, datasets = map(np.concatenate, zip(empty, *parts, strict=True))
+    per_block = [len(part[0]) for part in parts]
+    return Index(identities, questions, sizes, datasets, per_block, block_bytes, counts)
 
 
 def _examine(recipe: Recipe, piece: Piece) -> tuple:
     """In a process: the columns of Index for one block, what it drops, its size, its position."""
     identities, questions, sizes = [], [], []
     counts: Counter = Counter()
-    for item in _usable_items(recipe, piece.block, counts):
+    for item in usable_items(recipe.parse, piece.block, counts):
         text = recipe.identity(item).encode()
         question = recipe.question(item)
         identities.append(xxhash.xxh3_64_intdigest(text))
@@ -175,11 +178,12 @@ def question_hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode(), seed=1)
 
 
-def _usable_items(recipe: Recipe, block: Block, counts: Counter) -> Iterator[Any]:
+def usable_items(parse: Callable, block: Block, counts: Counter) -> Iterator[Any]:
+    """parse(record) of the records of a block. What is dropped is counted."""
     for line, record in block.records():
         counts["read"] += 1
         try:
-            yield recipe.parse(record)
+            yield parse(record)
         except Dropped as reason:
             counts[f"dropped: {reason}"] += 1
         except FormatError as error:
@@ -270,7 +274,7 @@ def chosen_pieces(corpus: Corpus, index: Index, choice: np.ndarray) -> Iterator[
 def chosen_items(recipe: Recipe, piece: Piece) -> list[tuple[int, Any]]:
     """In a process: (choice, item) of the chosen records of a piece."""
     assert piece.choice is not None
-    items = list(_usable_items(recipe, piece.block, Counter()))
+    items = list(usable_items(recipe.parse, piece.block, Counter()))
     if len(items) != len(piece.choice):
         raise input_error(piece.block.path, None, "the file was changed while it was read.")
     return [(int(c), i) for c, i in zip(piece.choice, items, strict=True) if c]
@@ -306,7 +310,9 @@ def write_rows(
             held_out += examples
             counts.update(found)
             progress.add(size)
-    rows = recipe.pack(_up_to(held_out, recipe, tokens), counts)
+    used = _up_to(held_out, recipe, tokens)
+    counts["held out, not used"] += len(held_out) - len(used)
+    rows = recipe.pack(used, counts)
     with pa.ipc.new_stream(str(folder / "validation.arrow"), recipe.schema) as stream:
         stream.write_batch(rows)
     return counts

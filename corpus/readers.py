@@ -28,7 +28,7 @@ class FormatError(ValueError):
     """A record is not what a stage needs. The message has no file and line yet."""
 
 
-class Dropped(Exception):  # noqa: N818 it is no error
+class Dropped(Exception):
     """A record that is of no use, which is counted. The message says why in a word or two."""
 
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from engine.progress import track
 from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.sharding import whole_model
 from kernels import IGNORE_INDEX
@@ -18,7 +19,7 @@ def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
     """
     model.eval()
     totals = torch.zeros(2, dtype=sum_dtype(rt.device), device=rt.device)  # nats, targets
-    for batch in loader:
+    for batch in track(loader, "Validating", len(loader), "batch", shown=rt.is_main):
         batch = rt.to_device(batch)
         with rt.autocast():
             totals[0] += model(**batch, num_items_in_batch=1, skip_logits=True).loss

@@ -6,12 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as compute
 import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
 
 from engine.disk import atomic_folder, cache_lock, content_hash, settings_hash
 from engine.model_folder import load_model_folder
+from engine.progress import Progress, track
 from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.steps import sum_counts
 
@@ -131,7 +133,7 @@ def validate(scorer, loader, rt: Runtime, pair_losses) -> dict[str, float]:
     """
     scorer.eval()
     totals: Counter = Counter()
-    for batch in loader:
+    for batch in track(loader, "Validating", len(loader), "batch", shown=rt.is_main):
         batch = rt.to_device(batch)
         with rt.autocast():
             logps = scorer(**batch)
@@ -186,18 +188,26 @@ def reference_logps(
     scorer, pairs: Dataset, collate, rt: Runtime, batch_size: int = 32
 ) -> np.ndarray:
     """fp32 (pairs, 2): log-probs of the chosen and the rejected answers, batched by length."""
+    order = np.argsort(pair_lengths(pairs), kind="stable")
     pairs = pairs.with_format("numpy")
-    lengths = [
-        sum(len(pair[f"{n}_ids"]) for n in ("prompt", "chosen", "rejected")) for pair in pairs
-    ]
-    order = np.argsort(lengths)
     logps = np.zeros((len(pairs), 2), dtype=np.float32)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = rt.to_device(collate([pairs[int(index)] for index in indices]))
-        with rt.autocast():
-            logps[indices] = scorer(**batch).view(-1, 2).float().cpu().numpy()
+    with Progress("Reference", len(pairs), "pair", shown=rt.is_main) as progress:
+        for start in range(0, len(order), batch_size):
+            indices = order[start : start + batch_size]
+            batch = rt.to_device(collate([pairs[int(index)] for index in indices]))
+            with rt.autocast():
+                logps[indices] = scorer(**batch).view(-1, 2).float().cpu().numpy()
+            progress.add(len(indices))
     return logps
+
+
+def pair_lengths(pairs: Dataset) -> np.ndarray:
+    """Tokens of each pair, int64 (pairs,)."""
+    table = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    parts = [np.zeros(0, dtype=np.int64)]
+    for batch in table.iter(10_000):
+        parts.append(sum(compute.list_value_length(column).to_numpy() for column in batch.columns))
+    return np.concatenate(parts)
 
 
 class CollapseGuard:

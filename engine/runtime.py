@@ -8,12 +8,13 @@ import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm import tqdm
 
@@ -208,8 +209,15 @@ def make_accelerator(on_cpu: bool) -> Accelerator:
     # Every rank reads the weights it starts from. transformers would leave all ranks but the first
     # without weights.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    # The other ranks wait while the first one prepares the data.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=24))
     # The loops spell out precision and accumulation. Accelerate places and distributes.
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", gradient_accumulation_steps=1)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[patience],
+    )
     check_launcher(accelerator)
     transformers.utils.logging.disable_progress_bar()
     return accelerator

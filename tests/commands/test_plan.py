@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gpu_like  # noqa: F401 - gives the varlen kernel a CPU, for real steps
 import pytest
@@ -96,11 +97,11 @@ def test_characters_are_counted_and_a_large_corpus_is_estimated(tmp_path):
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"text": f"{i:04d}" + "天地玄黄" * 9} for i in range(200)]
     )
-    assert count_characters(PRETRAIN, path) == 200 * 40
-    estimated = count_characters(PRETRAIN, path, read_at_most=1000)
+    assert count_characters(PRETRAIN, [Path(path)]) == 200 * 40
+    estimated = count_characters(PRETRAIN, [Path(path)], read_at_most=1000)
     assert estimated == pytest.approx(200 * 40, rel=0.2)
     pairs = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "天地"}]}])
-    assert count_characters(SFT, pairs) == len("user天地")
+    assert count_characters(SFT, [Path(pairs)]) == len("user天地")
 
 
 @pytest.mark.slow

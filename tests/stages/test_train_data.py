@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -15,7 +14,6 @@ from corpus.cache import data_fingerprint, target_bytes
 from corpus.documents import iter_documents
 from corpus.packing import split_windows
 from corpus.preparation import question_hash
-from corpus.readers import BLOCK
 from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
 from train_data import inspect, prepare_data, unigram_loss
 
