@@ -1,127 +1,188 @@
-"""Preparing data: tokens per second, memory against the corpus's size, and start-up.
+"""Preparing data: tokens per second, what more processes bring, memory against the data's size.
 
-    python benchmarks/data.py                              10 MB, 100 MB, 1 GB; then start-up
-    python benchmarks/data.py --megabytes 10 100 --data my_corpus.jsonl
+    python benchmarks/data.py                                50, 400 and 2,000 MB, three stages
+    python benchmarks/data.py --megabytes 50 --stages sft --processes 2 1
+    python benchmarks/data.py --megabytes 50 --peer          `datasets`' own machinery beside it
 
-Corpora are made by repeating documents with changes, so that none is a duplicate. Each size is
-prepared in a process of its own, whose largest resident set is reported, with a tokenizer that is
-trained first on the smallest. Start-up is a second `python train_llm.py --max_steps 1`: from the
-process's start to its first logged step, the data cached.
+The text is ../shared/make_corpus.py's: its clauses are nearly all distinct, as in real corpora.
+--data takes another file of {"text": …} lines. Conversations and pairs are made of the same text.
+Each row is a process of its own. Memory is resident memory, read ten times a second: the largest
+of the main process, and the largest of any other. What was forked counts in each process.
 """
 
 import argparse
+import importlib.util
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+from datasets import load_dataset
 from peers import ROOT
 
-from corpus.documents import iter_documents
-from tokenizer import create_tokenizer, encode_plain
-from train_data import load_or_train_tokenizer, prepare_data
+from corpus.cache import Data, Options
+from dpo_data import prepare_dpo_data
+from sft_data import prepare_sft_data
+from tokenizer import create_tokenizer
+from train_data import DocumentRecipe, prepare_data, train_on_share
 
-ENCODE_CHARACTERS = 4_000_000  # enough for a steady rate
-
-
-def write_corpus(path: Path, source: Path, megabytes: float):
-    """Documents of `source` again and again, each time with other numbers woven in."""
-    documents, size, turn = list(iter_documents(str(source))), 0.0, 0
-    with open(path, "w", encoding="utf-8") as stream:
-        while size < megabytes * 1e6:
-            for text in documents:
-                parts = text.split("。")
-                changed = "。".join(f"{part}{turn + i}" for i, part in enumerate(parts))
-                size += stream.write(json.dumps({"text": changed}, ensure_ascii=False) + "\n") * 2.8
-            turn += 1
+MAKE_CORPUS = ROOT.parent / "shared" / "make_corpus.py"
+LENGTH = 512  # tokens of a row
+HEADS = ("stage", "MB", "tokens", "processes", "seconds", "tokens/s", "tokens/s a core")
+HEADS += ("rows on disk, MB", "peak of the main process, MiB", "of another, MiB")
 
 
-def prepare(corpus: Path, tokenizer_folder: str) -> dict:
+def write_text(path: Path, megabytes: float, source: Path | None):
+    """A file of {"text": …} lines of about this size."""
+    if source is None:
+        spec = importlib.util.spec_from_file_location("make_corpus", MAKE_CORPUS)
+        if spec is None or spec.loader is None or not MAKE_CORPUS.exists():
+            raise SystemExit(f"error: {MAKE_CORPUS} is not here: give a file with --data.")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.make(str(path), megabytes)
+        return
+    left = megabytes * 1e6
+    with open(source, "rb") as lines, open(path, "wb") as out:
+        for line in lines:
+            if left <= 0:
+                break
+            left -= out.write(line)
+
+
+def write_records(source: Path, path: Path, stage: str):
+    """Conversations or pairs: a text's first quarter asks, the rest answers."""
+    with open(source, encoding="utf-8") as lines, open(path, "w", encoding="utf-8") as out:
+        for line in lines:
+            text = json.loads(line)["text"]
+            quarter = max(1, len(text) // 4)
+            record = {"instruction": text[:quarter], "response": text[quarter:]}
+            if stage == "dpo":
+                chosen, rejected = text[quarter : 3 * quarter], text[3 * quarter :]
+                record = {"instruction": text[:quarter], "chosen": chosen, "rejected": rejected}
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+class Peaks:
+    """The largest resident memory of this process and of any of its children, MiB."""
+
+    def __init__(self):
+        self.main = self.other = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        me = psutil.Process()
+        while True:
+            self.main = max(self.main, me.memory_info().rss / 2**20)
+            for child in me.children(recursive=True):
+                try:
+                    self.other = max(self.other, child.memory_info().rss / 2**20)
+                except psutil.Error:  # it has ended
+                    continue
+            time.sleep(0.1)
+
+
+def measure(stage: str, data: str, tokenizer: str, processes: int, cache: str) -> dict:
     """What one preparation took; run in a process of its own."""
-    tokenizer = create_tokenizer(model_path=tokenizer_folder)
-    texts, characters = [], 0
-    for text in iter_documents(str(corpus)):
-        texts.append(text)
-        characters += len(text)
-        if characters > ENCODE_CHARACTERS:
-            break
-    started = time.perf_counter()
-    encoded = sum(map(len, encode_plain(tokenizer, texts)))
-    encoding = time.perf_counter() - started
-    del texts
-    with tempfile.TemporaryDirectory(dir=corpus.parent) as cache:
-        started = time.perf_counter()
-        prepare_data(tokenizer_folder, str(corpus), 512, cache_dir=cache)
-        seconds = time.perf_counter() - started
-        statistics = next(Path(cache).glob("*/statistics.json"))
-        tokens = json.loads(statistics.read_text())["tokens"]
+    peaks, started = Peaks(), time.perf_counter()
+    options: Any = {"num_proc": processes, "cache_dir": cache}
+    if stage == "tokenizer":
+        trained = train_on_share(Data(data, Options(**options)), DocumentRecipe(None), 6400, 10)
+        trained.save_pretrained(tokenizer)
+    elif stage == "pretrain":
+        prepare_data(tokenizer, data, LENGTH, **options)
+    elif stage.startswith("datasets"):
+        map_with_datasets(data, tokenizer, processes, cache, fast="encoder" in stage)
+    else:
+        prepare = {"sft": prepare_sft_data, "dpo": prepare_dpo_data}[stage]
+        prepare(create_tokenizer(model_path=tokenizer), data, LENGTH, **options)
+    seconds = time.perf_counter() - started
+    statistics = [json.loads(f.read_text()) for f in Path(cache).glob("*/statistics.json")]
     return {
-        "bytes": corpus.stat().st_size,
-        "tokens": tokens,
-        "prepared_per_second": tokens / seconds,
-        "encoded_per_second": encoded / encoding,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "seconds": seconds,
+        "tokens": sum(found["tokens"] for found in statistics),
+        "disk": sum(file.stat().st_size for file in Path(cache).glob("*/*.arrow")) / 1e6,
+        "main": peaks.main,
+        "other": peaks.other,
     }
 
 
-def start_up(folder: Path) -> float:
-    """Seconds from a process's start to its first logged step, its data and tokenizer cached."""
-    words = ["--max_steps", "1", "--sample_every", "0", "--eval_every", "0", "--save_every", "0"]
-    command = [sys.executable, "-u", str(ROOT / "train_llm.py"), *words]
-    for _ in range(2):
-        started = time.perf_counter()
-        process: Any = subprocess.Popen(
-            [*command, "--output_dir", str(folder / "runs")],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        lines = iter(process.stdout.readline, "")
-        next(line for line in lines if line.startswith("step 1/"))
-        seconds = time.perf_counter() - started
-        process.stdout.read()
-        process.wait()
-    return seconds
+def map_with_datasets(data: str, tokenizer: str, processes: int, cache: str, fast: bool):
+    """The peer: load_dataset and map, which split, check and drop nothing and do not pack."""
+    recipe = DocumentRecipe(None, create_tokenizer(model_path=tokenizer), LENGTH, size=10**9)
+
+    def encode(batch):
+        if fast:
+            return {"input_ids": recipe.encoder(batch["text"])}
+        return {"input_ids": recipe.tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    rows = load_dataset("json", data_files=data, split="train", cache_dir=cache)
+    rows = rows.map(encode, batched=True, num_proc=processes, remove_columns=rows.column_names)
+    folder = Path(cache) / "mapped"
+    folder.mkdir()
+    count = sum(len(ids) for ids in rows.with_format("numpy")["input_ids"])
+    (folder / "statistics.json").write_text(json.dumps({"tokens": count}))
+
+
+def run(stage: str, data: Path, tokenizer: Path, processes: int) -> dict:
+    with tempfile.TemporaryDirectory(dir=data.parent) as cache:
+        arguments = [stage, str(data), str(tokenizer), str(processes), cache]
+        command = [sys.executable, __file__, "--measure", *arguments]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    rate = result["tokens"] / result["seconds"]
+    cells = [stage, f"{data.stat().st_size / 1e6:,.0f}", f"{result['tokens']:,}", str(processes)]
+    rates = [f"{rate:,.0f}", f"{rate / processes:,.0f}"] if rate else ["–", "–"]
+    cells += [f"{result['seconds']:,.1f}", *rates]
+    cells += [f"{result['disk']:,.0f}" if rate else "–", f"{result['main']:,.0f}"]
+    cells += [f"{result['other']:,.0f}" if processes > 1 else "–"]
+    print(f"| {' | '.join(cells)} |", flush=True)
+    return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=float, nargs="+", default=[10, 100, 1000])
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "pretrain_sample.jsonl")
-    parser.add_argument("--prepare", nargs=2, help="corpus and tokenizer (used by itself)")
+    parser.add_argument("--megabytes", type=float, nargs="+", default=[50, 400, 2000])
+    parser.add_argument("--stages", nargs="+", default=["pretrain", "sft", "dpo"])
+    parser.add_argument("--processes", type=int, nargs="+", default=[2])
+    parser.add_argument("--data", type=Path, help='a file of {"text": …} lines')
+    parser.add_argument("--folder", help="for the text, which is large; default: the system's")
+    parser.add_argument("--peer", action="store_true", help="measure `datasets` too")
+    parser.add_argument("--measure", nargs=5, help="used by itself")
     arguments = parser.parse_args()
-    if arguments.prepare:
-        corpus, tokenizer_folder = arguments.prepare
-        print(json.dumps(prepare(Path(corpus), tokenizer_folder)))
+    if arguments.measure:
+        stage, data, tokenizer, processes, cache = arguments.measure
+        print(json.dumps(measure(stage, data, tokenizer, int(processes), cache)))
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with tempfile.TemporaryDirectory() as name:
-        folder, tokenizer_folder = Path(name), Path(name, "tokenizer")
-        tokenizer = load_or_train_tokenizer(None, str(arguments.data), "", 6400, 0.05, folder)
-        tokenizer.save_pretrained(tokenizer_folder)
-        print(
-            "| corpus MB | tokens | prepared tokens/s | encoding alone, tokens/s/core | peak MiB |"
-        )
-        print("|---|---|---|---|---|")
+    print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
         for megabytes in arguments.megabytes:
-            corpus = folder / "corpus.jsonl"
-            write_corpus(corpus, arguments.data, megabytes)
-            command = [sys.executable, __file__, "--prepare", str(corpus), str(tokenizer_folder)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            result = json.loads(output.splitlines()[-1])
-            print(
-                f"| {result['bytes'] / 1e6:,.0f} | {result['tokens']:,} "
-                f"| {result['prepared_per_second']:,.0f} "
-                f"| {result['encoded_per_second'] / cores:,.0f} | {result['peak_mib']:,.0f} |",
-                flush=True,
-            )
-            corpus.unlink()
-        print(f"\nFirst logged step after {start_up(folder):.1f} s, data cached.")
+            text, tokenizer = folder / "text.jsonl", folder / "tokenizer"
+            write_text(text, megabytes, arguments.data)
+            run("tokenizer", text, tokenizer, max(arguments.processes))
+            compare(text, tokenizer, arguments)
+
+
+def compare(text: Path, tokenizer: Path, arguments):
+    for stage in arguments.stages:
+        data = text
+        if stage != "pretrain":
+            data = text.with_name(f"{stage}.jsonl")
+            write_records(text, data, stage)
+        for processes in arguments.processes:
+            run(stage, data, tokenizer, processes)
+        if data != text:
+            data.unlink()
+    if arguments.peer:
+        for peer in ("datasets", "datasets with our encoder"):
+            for processes in arguments.processes:
+                run(peer, text, tokenizer, processes)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ STAGES: dict = {
 # Phase -> the functions (module.name) at whose beginning it begins and at whose end it ends.
 PREPARE = {
     "pretrain": {
-        "tokenizer training": ("train_data.load_or_train_tokenizer",) * 2,
-        "data preparation": ("train_data._write_rows",) * 2,
+        "tokenizer training": ("train_data.cached_tokenizer",) * 2,
+        "data preparation": ("corpus.preparation.write_rows",) * 2,
     },
     "sft": {"data preparation": ("corpus.cache.cached_splits",) * 2},
     "dpo": {

@@ -16,6 +16,8 @@ import argparse
 import json
 import tempfile
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +25,15 @@ import pyarrow as pa
 from peers import ROOT, print_table, run_rounds
 
 import train_llm
-from corpus.cache import cached_splits
-from corpus.documents import corpus_hash, iter_documents
+from corpus import cache
+from corpus.documents import iter_documents
 from corpus.packing import PackedCollator, split_windows
 from engine import optim, runtime
 from engine.steps import StepSampler, count_targets
 from engine.tracker import read_metrics
 from models import CustomLLM
-from tokenizer import create_tokenizer, encode_plain, tokenizer_identity, train_tokenizer
-from train_data import CACHE_VERSION, prepare_data
+from tokenizer import create_tokenizer, tokenizer_identity, train_tokenizer
+from train_data import CACHE_VERSION, DocumentRecipe, prepare_data
 
 CORPORA = ["pt_libreoffice_help", "pt_manpages_zh", "pt_china_law"]
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 1408, "vocab_size": 6400}  # 22 M
@@ -39,37 +41,40 @@ LOOP = {"batch_size": 8, "max_seq_len": 512, "eval_every": 0, "sample_every": 0,
 STEPS = 6  # counted, after one that warms up
 
 
-def prepare_unpacked(config: dict, keep_ends: bool):
-    """Fill the loop's cache of rows with rows of one document each, in place of packed ones.
+@dataclass
+class UnpackedRecipe(DocumentRecipe):
+    """One document a row.
 
     keep_ends: a document longer than a row goes on in the next row. Otherwise it is cut, and the
     end of text token stays.
     """
+
+    keep_ends: bool = False
+
+    def pack(self, documents: list[np.ndarray], counts: Counter) -> pa.RecordBatch:
+        rows: list[np.ndarray] = []
+        for document in documents:
+            if not self.keep_ends and len(document) > self.max_seq_len:
+                document = np.append(document[: self.max_seq_len - 1], document[-1])
+            ends = np.cumsum(split_windows(len(document), self.max_seq_len))
+            rows += np.split(document, ends[:-1])
+        tokens = sum(map(len, rows))
+        padding = len(rows) * self.max_seq_len - tokens
+        counts.update({"tokens": tokens, "padding": padding, "documents cut to fill rows": 0})
+        places = [np.arange(len(row), dtype=self.place_type) for row in rows]
+        columns = {"input_ids": rows, "position_ids": places}
+        return pa.RecordBatch.from_pydict(columns, schema=self.schema)
+
+
+def prepare_unpacked(config: dict, keep_ends: bool):
+    """Fill the loop's cache of rows with rows of one document each, in place of packed ones."""
     tokenizer = create_tokenizer(model_path=config["tokenizer_path"])
-    capacity, path = config["max_seq_len"], config["dataset"]
-
-    def write(folder: Path, split):
-        rows: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
-        documents = list(iter_documents(path))
-        encoded = encode_plain(tokenizer, documents)
-        for text, ids in zip(documents, encoded, strict=True):
-            kept = [*(ids if keep_ends else ids[: capacity - 1]), tokenizer.eos_token_id]
-            ends = np.cumsum(split_windows(len(kept), capacity))  # of the document's rows
-            rows[split(text)] += np.split(np.array(kept, np.uint32), ends[:-1])
-        for name, input_ids in rows.items():
-            position_ids = [np.arange(len(row), dtype=np.uint32) for row in input_ids]
-            table = pa.table({"input_ids": input_ids, "position_ids": position_ids})
-            with pa.ipc.new_stream(str(folder / f"{name}.arrow"), table.schema) as stream:
-                stream.write_table(table)
-        lengths = [len(row) for input_ids in rows.values() for row in input_ids]
-        counts = {"documents": len(documents), "characters": sum(map(len, documents))}
-        counts |= {"tokens": sum(lengths), "rows": len(lengths), "documents cut to fill rows": 0}
-        counts["padding"] = len(lengths) * capacity - counts["tokens"]
-        (folder / "statistics.json").write_text(json.dumps(counts))
-
+    length, column = config["max_seq_len"], config["text_column"]
+    data = cache.Data(config["dataset"], cache.Options(**cache.options_of(config)))
+    recipe = UnpackedRecipe(column, tokenizer, length, data.size, keep_ends)
     # As in prepare_data: the name of the cache folder is a hash of all this.
-    settings = [corpus_hash(path), tokenizer_identity(tokenizer), capacity, CACHE_VERSION]
-    cached_splits("pretrain", path, settings, 0.05, f"{config['output_dir']}/cache", write)
+    settings = [column, tokenizer_identity(tokenizer), length, CACHE_VERSION]
+    cache.cached_splits("pretrain", data, recipe, settings)
 
 
 def run_loop(config: dict) -> dict:
@@ -92,7 +97,7 @@ def run_steps(config: dict) -> dict:
         config["tokenizer_path"],
         config["dataset"],
         config["max_seq_len"],
-        cache_dir=f"{config['output_dir']}/cache",
+        **cache.options_of(config),
     )
     model = CustomLLM(train_llm.make_model_config(config, len(tokenizer)))
     rt.place(model.train())
