@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
 from corpus.chat_format import Renderer, flatten, key_of, total_length, truncate
-from corpus.packing import PackedCollator, best_fit
+from corpus.packing import PackedCollator, best_fit, list_rows, list_schema, row_types
 from corpus.readers import Dropped
 from corpus.records import to_messages
 from engine.report import print_lines
@@ -77,11 +77,8 @@ class ConversationRecipe:
 
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.size)
-        self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
-        self.place_type = np.uint16 if self.max_length <= 2**16 else np.uint32
-        kinds = {"input_ids": self.id_type, "position_ids": self.place_type, "labels": np.int32}
-        lists = [(name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in kinds.items()]
-        self.schema = pa.schema(lists)
+        types = row_types(len(self.tokenizer), self.max_length)
+        self.schema = list_schema(types | {"labels": np.int32})
 
     def parse(self, record) -> list[dict]:
         messages = to_messages(record)
@@ -103,8 +100,7 @@ class ConversationRecipe:
         counts["replies cut"] += sum([truncate(turns, self.max_length) for turns in rendered])
         # All at once: an array of its own for each conversation costs more than its tokens.
         ids, mask = flatten([turn for turns in rendered for turn in turns])
-        labels = np.where(mask, ids, IGNORE_INDEX).astype(np.int32)
-        ids = ids.astype(self.id_type)
+        labels = np.where(mask, ids, IGNORE_INDEX)
         ends = np.cumsum([total_length(turns) for turns in rendered])
         targets = np.add.reduceat(mask, ends - np.diff(ends, prepend=0), dtype=np.int64)
         examples: list = []
@@ -125,17 +121,14 @@ class ConversationRecipe:
         """Whole conversations in rows, by best-fit. Padding is not stored."""
         lengths = [len(ids) for ids, _ in examples]
         rows = best_fit(lengths, self.max_length)
-        places = np.arange(self.max_length, dtype=self.place_type)
-        empty = (np.empty(0, self.id_type), np.empty(0, self.place_type), np.empty(0, np.int32))
         members = [index for row in rows for index in row]
+        places, none = np.arange(self.max_length), np.empty(0, dtype=np.int64)
         parts = [(examples[i][0], places[: lengths[i]], examples[i][1]) for i in members]
-        columns = [np.concatenate(column) for column in zip(empty, *parts, strict=True)]
-        ends = np.cumsum([0] + [sum(lengths[i] for i in row) for row in rows], dtype=np.int32)
+        columns = [np.concatenate(column) for column in zip((none,) * 3, *parts, strict=True)]
         counts["tokens"] += len(columns[0])
         counts["targets"] += int((columns[2] != IGNORE_INDEX).sum())
         counts["padding"] += len(rows) * self.max_length - len(columns[0])
-        arrays = [pa.ListArray.from_arrays(ends, values) for values in columns]
-        return pa.record_batch(arrays, schema=self.schema)
+        return list_rows([sum(lengths[i] for i in row) for row in rows], columns, self.schema)
 
 
 def _describe(counts: dict, rows: DatasetDict, path: str) -> str:

@@ -22,7 +22,15 @@ from transformers import PreTrainedTokenizerBase
 from corpus import cache
 from corpus.documents import SAMPLE, document_of
 from corpus.encoder import Encoder
-from corpus.packing import PackedCollator, pack_segments, row_length, split_windows
+from corpus.packing import (
+    PackedCollator,
+    list_rows,
+    list_schema,
+    pack_segments,
+    row_length,
+    row_types,
+    split_windows,
+)
 from corpus.preparation import choose_for_tokenizer, chosen_texts
 from engine.disk import atomic_folder, cache_lock, settings_hash
 from engine.progress import Progress
@@ -112,7 +120,7 @@ class DocumentRecipe:
     """Documents -> rows of max_seq_len tokens. preparation.Recipe says what each method does."""
 
     text_column: str | None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # None: its text alone is wanted
     max_seq_len: int = 0
     size: int = 0  # bytes of text that there are
 
@@ -120,11 +128,7 @@ class DocumentRecipe:
         if self.tokenizer:
             self.encoder = Encoder(self.tokenizer, self.size)
             self.end = np.uint32(self.tokenizer.eos_token_id)
-            self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
-            self.place_type = np.uint16 if self.max_seq_len <= 2**16 else np.uint32
-            kinds = {"input_ids": self.id_type, "position_ids": self.place_type}
-            lists = [(name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in kinds.items()]
-            self.schema = pa.schema(lists)
+            self.schema = list_schema(row_types(len(self.tokenizer), self.max_seq_len))
 
     def parse(self, record) -> str:
         return document_of(record, self.text_column)
@@ -138,17 +142,13 @@ class DocumentRecipe:
     def encode(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
         counts["documents"] += len(texts)
         counts["characters"] += sum(map(len, texts))
-        end = np.array([self.tokenizer.eos_token_id], dtype=self.id_type)
-        return [
-            np.concatenate([ids, end], dtype=self.id_type, casting="unsafe")
-            for ids in self.encoder(texts)
-        ]
+        return [np.append(ids, self.end) for ids in self.encoder(texts)]
 
     def length(self, document: np.ndarray) -> int:
         return len(document)
 
     def pack(self, documents: list[np.ndarray], counts: Counter) -> pa.RecordBatch:
-        ids = np.concatenate([np.empty(0, dtype=self.id_type), *documents])
+        ids = np.concatenate([np.empty(0, dtype=np.uint32), *documents])
         segments, start = [], 0
         for document in documents:
             for length in split_windows(len(document), self.max_seq_len):
@@ -158,16 +158,12 @@ class DocumentRecipe:
         counts["tokens"] += len(ids)
         counts["padding"] += len(rows) * self.max_seq_len - len(ids)
         counts["documents cut to fill rows"] += cuts
-        return self._record_batch(ids, rows)
-
-    def _record_batch(self, ids: np.ndarray, rows) -> pa.RecordBatch:
-        empty = (np.empty(0, self.id_type), np.empty(0, self.place_type))
-        places = np.arange(self.max_seq_len, dtype=self.place_type)
+        places = np.arange(self.max_seq_len)
         parts = [(ids[start : start + n], places[:n]) for row in rows for start, n in row]
-        columns = [np.concatenate(column) for column in zip(empty, *parts, strict=True)]
-        ends = np.cumsum([0] + [row_length(row) for row in rows], dtype=np.int32)
-        arrays = [pa.ListArray.from_arrays(ends, values) for values in columns]
-        return pa.record_batch(arrays, schema=self.schema)
+        columns = [
+            np.concatenate(column) for column in zip((ids[:0], places[:0]), *parts, strict=True)
+        ]
+        return list_rows([row_length(row) for row in rows], columns, self.schema)
 
 
 def _both_splits(

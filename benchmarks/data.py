@@ -7,7 +7,8 @@
 The text is ../shared/make_corpus.py's: its clauses are nearly all distinct, as in real corpora.
 --data takes another file of {"text": …} lines. Conversations and pairs are made of the same text.
 Each row is a process of its own. Memory is resident memory, read ten times a second: the largest
-of the main process, and the largest of any other. What was forked counts in each process.
+of the main process, and the largest of any other. What was forked counts in each. "Again" is
+a second call, as when a run is resumed.
 """
 
 import argparse
@@ -33,8 +34,9 @@ from train_data import DocumentRecipe, prepare_data, train_on_share
 
 MAKE_CORPUS = ROOT.parent / "shared" / "make_corpus.py"
 LENGTH = 512  # tokens of a row
-HEADS = ("stage", "MB", "tokens", "processes", "seconds", "tokens/s", "tokens/s a core")
-HEADS += ("rows on disk, MB", "peak of the main process, MiB", "of another, MiB")
+STAGES = ("pretrain", "sft", "dpo")
+HEADS = ["stage", "MB", "tokens", "processes", "seconds", "tokens/s", "tokens/s a core"]
+HEADS += ["rows on disk, MB", "peak of the main process, MiB", "of another, MiB", "again, seconds"]
 
 
 def write_text(path: Path, megabytes: float, source: Path | None):
@@ -89,19 +91,24 @@ class Peaks:
 
 def measure(stage: str, data: str, tokenizer: str, processes: int, cache: str) -> dict:
     """What one preparation took; run in a process of its own."""
-    peaks, started = Peaks(), time.perf_counter()
+    peaks = Peaks()
     options: Any = {"num_proc": processes, "cache_dir": cache}
-    if stage == "tokenizer":
-        trained = train_on_share(Data(data, Options(**options)), DocumentRecipe(None), 6400, 10)
-        trained.save_pretrained(tokenizer)
-    elif stage == "pretrain":
-        prepare_data(tokenizer, data, LENGTH, **options)
-    elif stage.startswith("datasets"):
-        map_with_datasets(data, tokenizer, processes, cache, fast="encoder" in stage)
-    else:
-        prepare = {"sft": prepare_sft_data, "dpo": prepare_dpo_data}[stage]
-        prepare(create_tokenizer(model_path=tokenizer), data, LENGTH, **options)
-    seconds = time.perf_counter() - started
+
+    def prepare() -> float:
+        started = time.perf_counter()
+        if stage == "tokenizer":
+            trained = train_on_share(Data(data, Options(**options)), DocumentRecipe(None), 6400, 10)
+            trained.save_pretrained(tokenizer)
+        elif stage == "pretrain":
+            prepare_data(tokenizer, data, LENGTH, **options)
+        elif stage.startswith("datasets"):
+            map_with_datasets(data, tokenizer, processes, cache, fast="encoder" in stage)
+        else:
+            of_stage = {"sft": prepare_sft_data, "dpo": prepare_dpo_data}[stage]
+            of_stage(create_tokenizer(model_path=tokenizer), data, LENGTH, **options)
+        return time.perf_counter() - started
+
+    seconds = prepare()
     statistics = [json.loads(f.read_text()) for f in Path(cache).glob("*/statistics.json")]
     return {
         "seconds": seconds,
@@ -109,6 +116,7 @@ def measure(stage: str, data: str, tokenizer: str, processes: int, cache: str) -
         "disk": sum(file.stat().st_size for file in Path(cache).glob("*/*.arrow")) / 1e6,
         "main": peaks.main,
         "other": peaks.other,
+        "again": prepare() if stage in STAGES else None,
     }
 
 
@@ -129,7 +137,7 @@ def map_with_datasets(data: str, tokenizer: str, processes: int, cache: str, fas
     (folder / "statistics.json").write_text(json.dumps({"tokens": count}))
 
 
-def run(stage: str, data: Path, tokenizer: Path, processes: int) -> dict:
+def run(stage: str, data: Path, tokenizer: Path, processes: int):
     with tempfile.TemporaryDirectory(dir=data.parent) as cache:
         arguments = [stage, str(data), str(tokenizer), str(processes), cache]
         command = [sys.executable, __file__, "--measure", *arguments]
@@ -141,14 +149,14 @@ def run(stage: str, data: Path, tokenizer: Path, processes: int) -> dict:
     cells += [f"{result['seconds']:,.1f}", *rates]
     cells += [f"{result['disk']:,.0f}" if rate else "–", f"{result['main']:,.0f}"]
     cells += [f"{result['other']:,.0f}" if processes > 1 else "–"]
+    cells += [f"{result['again']:.1f}" if result["again"] else "–"]
     print(f"| {' | '.join(cells)} |", flush=True)
-    return result
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, nargs="+", default=[50, 400, 2000])
-    parser.add_argument("--stages", nargs="+", default=["pretrain", "sft", "dpo"])
+    parser.add_argument("--stages", nargs="+", default=STAGES)
     parser.add_argument("--processes", type=int, nargs="+", default=[2])
     parser.add_argument("--data", type=Path, help='a file of {"text": …} lines')
     parser.add_argument("--folder", help="for the text, which is large; default: the system's")

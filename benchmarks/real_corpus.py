@@ -27,7 +27,7 @@ from peers import ROOT, print_table, run_rounds
 import train_llm
 from corpus import cache
 from corpus.documents import iter_documents
-from corpus.packing import PackedCollator, split_windows
+from corpus.packing import PackedCollator, list_rows, split_windows
 from engine import optim, runtime
 from engine.steps import StepSampler, count_targets
 from engine.tracker import read_metrics
@@ -61,9 +61,10 @@ class UnpackedRecipe(DocumentRecipe):
         tokens = sum(map(len, rows))
         padding = len(rows) * self.max_seq_len - tokens
         counts.update({"tokens": tokens, "padding": padding, "documents cut to fill rows": 0})
-        places = [np.arange(len(row), dtype=self.place_type) for row in rows]
-        columns = {"input_ids": rows, "position_ids": places}
-        return pa.RecordBatch.from_pydict(columns, schema=self.schema)
+        places = [np.arange(len(row)) for row in rows]
+        none = [np.empty(0, dtype=np.int64)]
+        columns = [np.concatenate(none + column) for column in (rows, places)]
+        return list_rows(list(map(len, rows)), columns, self.schema)
 
 
 def prepare_unpacked(config: dict, keep_ends: bool):

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from kernels import IGNORE_INDEX
@@ -97,6 +98,27 @@ def pack_segments(
 
 def row_length(row: list[Segment]) -> int:
     return sum(length for _, length in row)
+
+
+def row_types(vocab_size: int, max_length: int) -> dict[str, type]:
+    """The smallest types of the columns that all packed rows have."""
+    small, large = np.uint16, np.uint32
+    ids = small if vocab_size <= 2**16 else large
+    return {"input_ids": ids, "position_ids": small if max_length <= 2**16 else large}
+
+
+def list_schema(types: dict[str, type]) -> pa.Schema:
+    return pa.schema([(name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in types.items()])
+
+
+def list_rows(lengths: list[int], columns: list[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:
+    """Rows of these lengths, cut from flat columns."""
+    ends = np.cumsum([0, *lengths], dtype=np.int32)
+    arrays = [
+        pa.ListArray.from_arrays(ends, column.astype(field.type.value_type.to_pandas_dtype()))
+        for column, field in zip(columns, schema, strict=True)
+    ]
+    return pa.record_batch(arrays, schema=schema)
 
 
 class PackedCollator:
