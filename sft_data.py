@@ -100,7 +100,7 @@ class ConversationRecipe:
         counts["replies cut"] += sum([truncate(turns, self.max_length) for turns in rendered])
         # All at once: an array of its own for each conversation costs more than its tokens.
         ids, mask = flatten([turn for turns in rendered for turn in turns])
-        labels = np.where(mask, ids, IGNORE_INDEX)
+        labels = np.where(mask, ids.astype(np.int64), IGNORE_INDEX)
         ends = np.cumsum([total_length(turns) for turns in rendered])
         targets = np.add.reduceat(mask, ends - np.diff(ends, prepend=0), dtype=np.int64)
         examples: list = []

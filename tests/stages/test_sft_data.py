@@ -89,8 +89,12 @@ def test_drops_and_cuts_are_counted_and_printed(tmp_path, tokenizer, capsys):
     records = [{"instruction": f"问{i}", "response": f"答{i}"} for i in range(4)]
     records += [records[0], {"instruction": "空", "response": " "}]
     records += [{"instruction": "长", "response": "长" * 500}]
-    prepare(tmp_path, tokenizer, records)
+    splits, _ = prepare(tmp_path, tokenizer, records)
     printed = capsys.readouterr().out
+    tokens = sum(len(row["input_ids"]) for row in all_rows(splits))
+    count = sum(len(targets(row)) for row in all_rows(splits))
+    assert 0 < count < tokens
+    assert f"{tokens:,} tokens, {count:,} of them targets" in printed
     assert "5 conversations (1 no reply, 1 duplicate dropped, 1 replies cut)" in printed
 
 
