@@ -227,6 +227,7 @@ def main():
     parser.add_argument("--limit", type=int, help="for --make_pairs: the largest number of prompts")
     parser.add_argument("--model", help="folder; default: the newest fine-tuned model")
     parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
     arguments = parser.parse_args()
     try:
@@ -234,7 +235,12 @@ def main():
         if arguments.make_pairs:
             return make_pairs(str(folder), arguments.make_pairs, arguments.output, arguments.limit)
         tokenizer = create_tokenizer(model_path=str(folder))
-        pairs, _ = prepare_dpo_data(tokenizer, arguments.inspect, arguments.max_length)
+        pairs, _ = prepare_dpo_data(
+            tokenizer,
+            arguments.inspect,
+            arguments.max_length,
+            max_dataset_bytes=arguments.max_dataset_bytes,
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print_lines(inspect(pairs, tokenizer, arguments.rows, colour=sys.stdout.isatty()))

@@ -169,12 +169,18 @@ def main():
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")
     parser.add_argument("--tokenizer", help="folder; default: the newest pre-trained model's")
     parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
     parser.add_argument("--rows", type=int, default=2, help="how many rows to print")
     arguments = parser.parse_args()
     try:
         folder = arguments.tokenizer or find_final("checkpoints", "pretrain", "--tokenizer")
         tokenizer = create_tokenizer(model_path=str(folder))
-        rows, _ = prepare_sft_data(tokenizer, arguments.inspect, arguments.max_length)
+        rows, _ = prepare_sft_data(
+            tokenizer,
+            arguments.inspect,
+            arguments.max_length,
+            max_dataset_bytes=arguments.max_dataset_bytes,
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print_lines(inspect(rows, tokenizer, arguments.rows, colour=sys.stdout.isatty()))

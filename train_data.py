@@ -240,11 +240,19 @@ def main():
     parser.add_argument("--tokenizer_path")
     parser.add_argument("--max_seq_len", type=int, default=256)
     parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--text_column", help="default: text, content or completion")
+    parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to print")
     arguments = parser.parse_args()
-    prepare = partial(prepare_data, arguments.tokenizer_path, arguments.inspect)
     try:
-        splits, tokenizer = prepare(arguments.max_seq_len, arguments.vocab_size)
+        splits, tokenizer = prepare_data(
+            arguments.tokenizer_path,
+            arguments.inspect,
+            arguments.max_seq_len,
+            arguments.vocab_size,
+            arguments.text_column,
+            max_dataset_bytes=arguments.max_dataset_bytes,
+        )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     unigram = unigram_loss(splits, len(tokenizer))

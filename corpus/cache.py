@@ -35,7 +35,7 @@ class Options:
     cache_dir: str | Path = "checkpoints/cache"
     validation_ratio: float = 0.05
     validation_tokens: int = 1_000_000
-    max_dataset_bytes: int | None = None
+    max_dataset_bytes: float | None = None
     num_proc: int | None = None
     verify_data: bool = False
 
@@ -64,6 +64,7 @@ class Data:
     def __init__(self, dataset, options: Options):
         self.options, self.cache_dir = options, Path(options.cache_dir)
         limit, chosen = options.max_dataset_bytes, datasets_of(dataset)
+        limit = None if limit is None else int(limit)  # 2e9 is no int
         self.name = ", ".join(name for name, _ in chosen)
         self.weights = [weight for _, weight in chosen]
         found = [find_data(name, limit, str(self.cache_dir)) for name, _ in chosen]

@@ -171,6 +171,17 @@ class Client:
     def ask(self, *calls: str | dict, begin="", **environment) -> list:
         """The answers of one process to several calls: lists of paths, or an error."""
         self.hub.requests.clear()
+        done = self.run("-c", begin + CALLS, questions=calls, **environment)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert "modules []" in lines, "they are slow to import, and local data does not need them"
+        self.printed = [line for line in lines if not line.startswith(("result ", "modules "))]
+        answers = [json.loads(line[7:]) for line in lines if line.startswith("result ")]
+        assert not any("\n" in answer for answer in answers)
+        return answers
+
+    def run(self, *arguments: str, questions=(), **environment) -> subprocess.CompletedProcess:
+        """Python with these arguments, in `folder`, with this server as the Hub."""
         settings = {
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
             "HF_ENDPOINT": self.hub.address,
@@ -182,21 +193,14 @@ class Client:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
         }
-        done = subprocess.run(
-            [sys.executable, "-c", begin + CALLS],
-            input=json.dumps([{"dataset": c} if isinstance(c, str) else c for c in calls]),
+        return subprocess.run(
+            [sys.executable, *arguments],
+            input=json.dumps([{"dataset": c} if isinstance(c, str) else c for c in questions]),
             cwd=self.folder,
             env=os.environ | settings | environment,
             capture_output=True,
             encoding="utf-8",
         )
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
-        assert "modules []" in lines, "they are slow to import, and local data does not need them"
-        self.printed = [line for line in lines if not line.startswith(("result ", "modules "))]
-        answers = [json.loads(line[7:]) for line in lines if line.startswith("result ")]
-        assert not any("\n" in answer for answer in answers)
-        return answers
 
 
 def in_repository(paths: list[str]) -> list[str]:
