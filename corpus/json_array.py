@@ -43,8 +43,8 @@ class ArrayReader:
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.place)
-                # A number may go on behind what was read.
-                if end < len(self.text) or self.ended:
+                # A number may go on behind what was read: 1, 1. and 1e- are no ends.
+                if end < len(self.text) - len("e-") or self.ended:
                     self.place = end
                     return value
             except json.JSONDecodeError as error:
