@@ -132,7 +132,7 @@ def test_broken_json_is_named_by_its_line_deep_in_a_file(tmp_path, record):
     assert path.stat().st_size > 4 * PIECE
     assert complaint(path) == (
         f":{line}: broken JSON at column 12: Expecting ':' delimiter "
-        "(the line: '    \"text\" \"no colon\"')."
+        '(the line: \'    "text" "no colon"\').'
     )
 
 
