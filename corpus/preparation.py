@@ -209,22 +209,24 @@ def choose(index: Index, weights: list[float | None], ratio: float, tokens: int)
         ratio: the largest share of the questions that is held out.
         tokens: about as many are held out at most.
     """
-    limit = validation_limit(index, ratio, tokens * BYTES_PER_TOKEN)
+    used = index.is_first & mixture(index, weights)
+    limit = validation_limit(index, used, ratio, tokens * BYTES_PER_TOKEN)
     choice = np.where(index.questions < limit, VALIDATION, TRAIN).astype(np.uint8)
-    choice[~(index.is_first & mixture(index, weights))] = LEAVE_OUT
+    choice[~used] = LEAVE_OUT
     return choice
 
 
-def validation_limit(index: Index, ratio: float, num_bytes: int) -> int:
+def validation_limit(index: Index, used: np.ndarray, ratio: float, num_bytes: int) -> int:
     """Questions with a smaller hash are held out.
 
     These are the smallest hashes, as many as make num_bytes, and at most `ratio` of all hashes. So
     the limit only falls when text is added: what was trained on is never held out later.
-    Where that leaves one side empty, the question of the smallest hash is held out; with one
-    question, none is.
+    Where that leaves one side of what is `used` empty, its question of the smallest hash is held
+    out; with one question, none is.
     """
     hashes, sizes = index.questions[index.is_first], index.sizes[index.is_first]
-    if not len(hashes) or hashes.min() == hashes.max():
+    ours = index.questions[used]
+    if not len(ours) or ours.min() == ours.max():
         return 0
     limit = min(int(ratio * 2**64), 2**64 - 1)
     low = hashes < np.uint64(limit)
@@ -232,8 +234,7 @@ def validation_limit(index: Index, ratio: float, num_bytes: int) -> int:
     total = np.cumsum(sizes[low][order], dtype=np.uint64)
     beyond = hashes[low][order][total > num_bytes]
     limit = int(beyond[0]) if len(beyond) else limit
-    has_both = hashes.min() < limit <= hashes.max()
-    return limit if has_both else int(hashes.min()) + 1
+    return limit if ours.min() < limit <= ours.max() else int(ours.min()) + 1
 
 
 def mixture(index: Index, weights: list[float | None]) -> np.ndarray:
