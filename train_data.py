@@ -119,8 +119,8 @@ class DocumentRecipe:
     def __post_init__(self):
         if self.tokenizer:
             self.encoder = Encoder(self.tokenizer, self.size)
-            self.end = np.uint32(self.tokenizer.eos_token_id)
             self.id_type = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
+            self.end = np.array([self.tokenizer.eos_token_id], dtype=self.id_type)
             self.place_type = np.uint16 if self.max_seq_len <= 2**16 else np.uint32
             kinds = {"input_ids": self.id_type, "position_ids": self.place_type}
             lists = [(name, pa.list_(pa.from_numpy_dtype(kind))) for name, kind in kinds.items()]
@@ -138,9 +138,8 @@ class DocumentRecipe:
     def encode(self, texts: list[str], counts: Counter) -> list[np.ndarray]:
         counts["documents"] += len(texts)
         counts["characters"] += sum(map(len, texts))
-        end = np.array([self.tokenizer.eos_token_id], dtype=self.id_type)
         return [
-            np.concatenate([ids, end], dtype=self.id_type, casting="unsafe")
+            np.concatenate([ids, self.end], dtype=self.id_type, casting="unsafe")
             for ids in self.encoder(texts)
         ]
 
