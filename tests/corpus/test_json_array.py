@@ -186,6 +186,18 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path, record):
     assert message == f":{3 * record + 3}: not UTF-8; byte 14 of the line is wrong."
 
 
+def test_what_stands_before_bytes_that_are_not_utf8_comes_first(tmp_path):
+    found = []
+    path = put(tmp_path, b'[{"text": "a"},\n{"text": "b"},\n{"text": "\xff"}]')
+    with pytest.raises(ValueError, match=r":3: not UTF-8; byte 11 of the line is wrong"):
+        found.extend(iter_records(path))
+    assert found == [(1, {"text": "a"}), (2, {"text": "b"})]
+    message = complaint(
+        put(tmp_path, b'[{"text": "a"},\n{"text" "b"},\n{"text": "c c c c c \xff"}]')
+    )
+    assert message.startswith(":2: broken JSON at column 9")
+
+
 def test_a_file_that_ends_within_a_character_is_not_utf8(tmp_path):
     path = put(tmp_path, '[\n{"text": "天'.encode()[:-1])
     assert complaint(path).startswith(":2: not UTF-8; ")
