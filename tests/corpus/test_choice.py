@@ -32,10 +32,9 @@ def hashes_of(count: int, seed: int = 0) -> list[int]:
     return [choose_one.randrange(2**64) for _ in range(count)]
 
 
-def chosen(index, what: int, **options) -> set[int]:
+def chosen(index, what: int, ratio: float = 0.05, tokens: int = EVERYTHING) -> set[int]:
     """The questions of the records that become training or validation."""
-    arguments = {"weights": [None], "ratio": 0.05, "tokens": EVERYTHING} | options
-    return set(index.questions[choose(index, **arguments) == what].tolist())
+    return set(index.questions[choose(index, [None], ratio, tokens) == what].tolist())
 
 
 # --- what is held out ---------------------------------------------------------------------------

@@ -77,12 +77,12 @@ def trained(pre_tokenizer, normalizer=None) -> PreTrainedTokenizerFast:
 
 
 def split_at(pattern: str):
-    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
-    steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    return pre_tokenizers.Sequence(steps)
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([split, to_bytes])
 
 
-def of_merges(*merges: str, ignore_merges: bool = False, more: tuple = (), **options):
+def of_merges(*merges, ignore_merges=False, more=(), **options):
     """A byte-level BPE whose merges are written out: 'a b' 'ab c'."""
     pairs = [tuple(merge.split(" ")) for merge in merges]
     tokens = dict.fromkeys([*BYTE_CHARACTERS, *("".join(pair) for pair in pairs), *more])

@@ -110,8 +110,11 @@ def test_datasets_are_one_name_a_list_of_names_or_names_with_shares(value):
 
 @pytest.mark.parametrize(
     "value",
-    [[], {}, [""], ["a", 3], {"a": 0}, {"a": -0.5}, {"a": float("inf")}, {"a": float("nan")}]
-    + [{"a": "0.7"}, {"a": 0.7, "b": None}, {" ": 1.0}, ["a", None], {1: 0.5}],
+    [
+        *([], {}, [""], ["a", 3], ["a", None], {1: 0.5}, {" ": 1.0}),
+        *({"a": 0}, {"a": -0.5}, {"a": float("inf")}, {"a": float("nan")}),
+        *({"a": "0.7"}, {"a": 0.7, "b": None}),
+    ],
 )
 def test_other_datasets_are_refused_by_name(value):
     wanted = "must be a name, a list of names, or names with shares above 0: {'a.jsonl': 0.7, "
@@ -197,9 +200,9 @@ def test_a_file_whose_name_ends_like_a_share_is_a_file(tmp_path):
 
 
 def test_a_limit_of_bytes_may_be_written_with_an_exponent():
-    parsed = parse_arguments("--max_dataset_bytes 2e9 --num_proc 4".split(), stage, DATA)
+    parsed = parse_arguments(["--max_dataset_bytes", "2e9", "--num_proc", "4"], stage, DATA)
     assert resolve(DATA, parsed) == DATA | {"max_dataset_bytes": 2e9, "num_proc": 4}
-    parsed = parse_arguments("--max_dataset_bytes none".split(), stage, DATA)
+    parsed = parse_arguments(["--max_dataset_bytes", "none"], stage, DATA)
     assert resolve(DATA, parsed) == DATA
 
 
