@@ -6,7 +6,7 @@ from pathlib import Path
 
 import xxhash
 
-from engine.disk import write_whole
+from engine.disk import cache_lock, write_whole
 from engine.progress import Progress
 
 MANIFEST = "files.json"
@@ -36,8 +36,8 @@ def content_hash(files: list[Path], cache_dir: Path, verify: bool = False) -> st
             if started - max(stamps[name][1:3]) / 1e9 > YOUNG:
                 old_enough[name] = known[name]
     if old_enough:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(manifest, json.dumps(_read(manifest) | old_enough, ensure_ascii=False))
+        with cache_lock(cache_dir):  # several ranks or runs write it
+            write_whole(manifest, json.dumps(_read(manifest) | old_enough, ensure_ascii=False))
     hashes = [known[str(file.absolute())][-1] for file in files]
     return xxhash.xxh3_128_hexdigest(json.dumps(hashes).encode())
 
@@ -50,9 +50,10 @@ def _stamp(file: Path) -> list[int]:
 
 def _read(manifest: Path) -> dict[str, list]:
     try:
-        return json.loads(manifest.read_text(encoding="utf-8"))
+        known = json.loads(manifest.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # absent or spoilt: all files are read again
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _hash_file(file: Path, progress: Progress) -> str:

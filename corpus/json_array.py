@@ -17,13 +17,14 @@ class ArrayReader:
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self.text, self.place, self.line, self.ended = "", 0, 1, False
+        self.error: UnicodeDecodeError | None = None  # at the end of the text
 
     def elements(self) -> Iterator[Any]:
         """The values of the array, one by one.
 
         Raises:
             json.JSONDecodeError: broken JSON; self.line is the line at which its text begins.
-            UnicodeDecodeError: self.line is the line at which the unread part begins.
+            UnicodeDecodeError: the wrong bytes follow self.text, which begins at self.line.
         """
         self._skip("[")
         if self._peek() == "]":
@@ -43,8 +44,8 @@ class ArrayReader:
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.place)
-                # A number may go on behind what was read.
-                if end < len(self.text) or self.ended:
+                # A number may go on behind what was read: 1, 1. and 1e- are no ends.
+                if end < len(self.text) - len("e-") or self.ended:
                     self.place = end
                     return value
             except json.JSONDecodeError as error:
@@ -74,13 +75,18 @@ class ArrayReader:
 
     def _read(self, size: int):
         """Read on, and forget the lines that are done."""
+        if self.error:
+            raise self.error
         piece = self.stream.read(size)
         if not piece:
             # Without the last spaces: an early end is an error of the last line that has text.
             self.ended, self.text = True, (self.text + self.decode(b"", True)).rstrip()
             self.place = min(self.place, len(self.text))
             return
-        new = self.decode(piece)
+        try:
+            new = self.decode(piece)
+        except UnicodeDecodeError as error:  # what stands before it comes first
+            new, self.error = error.object[: error.start].decode(), error
         done = self.text.rfind("\n", 0, self.place) + 1
         self.line += self.text.count("\n", 0, done)
         if self.place - done > PIECE:  # the whole array is one line

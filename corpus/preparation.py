@@ -21,11 +21,12 @@ from corpus.processes import count_cores, map_in_order
 from corpus.readers import BLOCK, Block, Dropped, FormatError, input_error, iter_blocks, size_of
 from engine.progress import Progress
 
-SPLITS = ("train", "validation")
 LEAVE_OUT, TRAIN, VALIDATION = 0, 1, 2  # what becomes of a record
 # Held out are so many bytes of text for each of the validation tokens that are asked for. A token
 # of Chinese text has more: rows are taken from what is held out until there are enough tokens.
 BYTES_PER_TOKEN = 3
+CHANGED = "the file was changed while it was read. Run the same command again."
+KINDS = (np.uint64, np.uint64, np.uint32, np.uint16)  # of the columns of Index
 REHASH = np.uint64(0x9E3779B97F4A7C15)  # a product with this odd number is a hash of a hash
 
 
@@ -76,13 +77,23 @@ class Corpus:
     max_bytes: int | None = None
     num_proc: int | None = None
 
+    def __post_init__(self):
+        self.stamps = {path: _stamp(path) for files, _ in self.datasets for path in files}
+
     def pieces(self) -> Iterator[Piece]:
-        """All that is read, in order."""
+        """All that is read, in order. Raises ValueError for a file that has changed since."""
         before = 0
         for number, (files, _) in enumerate(self.datasets):
             for block in self._blocks(files):
+                self._check([block.path])
                 yield Piece(number, before + block.position, block)
+            self._check(files)
             before += sum(path.stat().st_size for path in files)
+
+    def _check(self, files: list[Path]):
+        for path in files:
+            if _stamp(path) != self.stamps[path]:
+                raise input_error(path, None, CHANGED)
 
     def _blocks(self, files: list[Path]) -> Iterator[Block]:
         """The blocks of one dataset, which end where max_bytes are reached."""
@@ -106,6 +117,10 @@ class Corpus:
         """work(piece) of each piece in order. A process pays from its second block on."""
         worth = max(1, self.stored_bytes() // BLOCK)
         return map_in_order(work, pieces, min(self.num_proc or count_cores(), worth))
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _cut(block: Block, size: int) -> Block:
@@ -145,8 +160,7 @@ def read_index(corpus: Corpus, recipe: Recipe) -> Index:
             counts.update(found)
             block_bytes += size
             progress.reach(position)
-    kinds = (np.uint64, np.uint64, np.uint32, np.uint16)
-    empty = [np.empty(0, dtype=kind) for kind in kinds]
+    empty = [np.empty(0, dtype=kind) for kind in KINDS]
     identities, questions, sizes, datasets = map(np.concatenate, zip(empty, *parts, strict=True))
     per_block = [len(part[0]) for part in parts]
     return Index(identities, questions, sizes, datasets, per_block, block_bytes, counts)
@@ -162,15 +176,9 @@ def _examine(recipe: Recipe, piece: Piece) -> tuple:
         identities.append(xxhash.xxh3_64_intdigest(text))
         questions.append(question_hash(question))
         sizes.append(len(text))
-    return (
-        np.array(identities, dtype=np.uint64),
-        np.array(questions, dtype=np.uint64),
-        np.array(sizes, dtype=np.uint32),
-        np.full(len(sizes), piece.dataset, dtype=np.uint16),
-        counts,
-        piece.block.size,
-        piece.position,
-    )
+    columns = (identities, questions, sizes, [piece.dataset] * len(sizes))
+    arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, KINDS, strict=True)]
+    return *arrays, counts, piece.block.size, piece.position
 
 
 def question_hash(text: str) -> int:
@@ -201,22 +209,24 @@ def choose(index: Index, weights: list[float | None], ratio: float, tokens: int)
         ratio: the largest share of the questions that is held out.
         tokens: about as many are held out at most.
     """
-    limit = validation_limit(index, ratio, tokens * BYTES_PER_TOKEN)
+    used = index.is_first & mixture(index, weights)
+    limit = validation_limit(index, used, ratio, tokens * BYTES_PER_TOKEN)
     choice = np.where(index.questions < limit, VALIDATION, TRAIN).astype(np.uint8)
-    choice[~(index.is_first & mixture(index, weights))] = LEAVE_OUT
+    choice[~used] = LEAVE_OUT
     return choice
 
 
-def validation_limit(index: Index, ratio: float, num_bytes: int) -> int:
+def validation_limit(index: Index, used: np.ndarray, ratio: float, num_bytes: int) -> int:
     """Questions with a smaller hash are held out.
 
     These are the smallest hashes, as many as make num_bytes, and at most `ratio` of all hashes. So
     the limit only falls when text is added: what was trained on is never held out later.
-    Where that leaves one side empty, the question of the smallest hash is held out; with one
-    question, none is.
+    Where that leaves one side of what is `used` empty, its question of the smallest hash is held
+    out; with one question, none is.
     """
     hashes, sizes = index.questions[index.is_first], index.sizes[index.is_first]
-    if not len(hashes) or hashes.min() == hashes.max():
+    ours = index.questions[used]
+    if not len(ours) or ours.min() == ours.max():
         return 0
     limit = min(int(ratio * 2**64), 2**64 - 1)
     low = hashes < np.uint64(limit)
@@ -224,8 +234,7 @@ def validation_limit(index: Index, ratio: float, num_bytes: int) -> int:
     total = np.cumsum(sizes[low][order], dtype=np.uint64)
     beyond = hashes[low][order][total > num_bytes]
     limit = int(beyond[0]) if len(beyond) else limit
-    has_both = hashes.min() < limit <= hashes.max()
-    return limit if has_both else int(hashes.min()) + 1
+    return limit if ours.min() < limit <= ours.max() else int(ours.min()) + 1
 
 
 def mixture(index: Index, weights: list[float | None]) -> np.ndarray:
@@ -276,7 +285,7 @@ def chosen_items(recipe: Recipe, piece: Piece) -> list[tuple[int, Any]]:
     assert piece.choice is not None
     items = list(usable_items(recipe.parse, piece.block, Counter()))
     if len(items) != len(piece.choice):
-        raise input_error(piece.block.path, None, "the file was changed while it was read.")
+        raise input_error(piece.block.path, None, CHANGED)
     return [(int(c), i) for c, i in zip(piece.choice, items, strict=True) if c]
 
 

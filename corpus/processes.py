@@ -24,7 +24,8 @@ def map_in_order(work: Callable, items: Iterable, num_proc: int) -> Iterator[Any
 
     Raises:
         MemoryError: the system killed one of the processes.
-        What work() raises, for the first item that fails.
+        What work() raises, for the first item that fails; or what ends the items, when those
+            before it are done.
     """
     if num_proc <= 1:
         with _one_thread():
@@ -33,9 +34,10 @@ def map_in_order(work: Callable, items: Iterable, num_proc: int) -> Iterator[Any
     # A forked process has the tokenizer already. Where it cannot fork it is sent to the others.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pending: deque = deque()
+    errors: list[Exception] = []
     with ProcessPoolExecutor(num_proc, context, _start, (work,)) as pool:
         try:
-            for item in items:
+            for item in _until_error(items, errors):
                 pending.append(pool.submit(_call, item))
                 if len(pending) > AHEAD * num_proc:
                     yield pending.popleft().result()
@@ -49,6 +51,16 @@ def map_in_order(work: Callable, items: Iterable, num_proc: int) -> Iterator[Any
         finally:
             for future in pending:
                 future.cancel()
+    if errors:
+        raise errors[0]
+
+
+def _until_error(items: Iterable, errors: list[Exception]) -> Iterator[Any]:
+    """The items. They are read ahead: an error waits until those before it are done."""
+    try:
+        yield from items
+    except Exception as error:
+        errors.append(error)
 
 
 _work: Callable = len  # in a process of the pool: what it does

@@ -251,7 +251,7 @@ def _iter_array(path: Path, stored: BinaryIO) -> Iterator[tuple[int, Any]]:
         except UnicodeDecodeError as error:
             before = error.object[: error.start]
             line = error.object[before.rfind(b"\n") + 1 :].partition(b"\n")[0]
-            decode(path, reader.line + reader.text.count("\n") + before.count(b"\n"), line)
+            decode(path, reader.line + reader.text.count("\n"), line)
         except (ValueError, RecursionError) as error:
             raise _json_error(path, reader.line, error) from error
 

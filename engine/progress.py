@@ -53,6 +53,7 @@ class Progress:
         while not self.ended.wait(pause):
             if self.terminal:
                 self.bar.refresh()
+                self.bar.last_print_t = time.time()  # otherwise close() leaves what was never added
                 pause = 1.0
             else:
                 print(self.line(), file=sys.stderr, flush=True)

@@ -193,7 +193,8 @@ def parse_datasets(words: list[str]):
     if len(shares) == len(words):
         return shares
     if shares:
-        raise ValueError(f"--dataset {' '.join(words)}: write a share behind every name, or none.")
+        problem = f"{' '.join(words)}: write a share behind every name, or none."
+        raise argparse.ArgumentTypeError(problem)  # argparse would hide a ValueError's message
     return words if len(words) > 1 else words[0]
 
 

@@ -4,20 +4,23 @@ import json
 import os
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
+from recipes import TextRecipe, write_records
 
+from corpus import cache
 from corpus.cache import (
     SPLITS,
+    Data,
+    Options,
     cached_splits,
     check_splits,
     data_fingerprint,
     open_rows,
-    split_share,
     target_bytes,
 )
 from corpus.packing import PackedCollator
+from corpus.preparation import question_hash
 from dpo_data import prepare_dpo_data
 from kernels import IGNORE_INDEX
 from sft_data import prepare_sft_data
@@ -27,65 +30,80 @@ PAD = 7
 TEXTS = [f"text {number}" for number in range(2000)]
 
 
-def writer_of(texts: list[str]):
-    """What a stage gives to cached_splits: each text is one row."""
-
-    def write(folder: Path, split):
-        chosen: dict[str, list[str]] = {name: [] for name in SPLITS}
-        for text in texts:
-            chosen[split(text)].append(text)
-        for name, column in chosen.items():
-            batch = pa.record_batch({"text": pa.array(column, pa.string())})
-            with pa.ipc.new_stream(str(folder / f"{name}.arrow"), batch.schema) as stream:
-                stream.write_batch(batch)
-        (folder / "statistics.json").write_text(json.dumps({"texts": len(texts)}))
-
-    return write
+def data_of(folder: Path, texts: list[str], **options) -> Data:
+    """The texts as a corpus whose cache is folder/cache."""
+    path = write_records(folder / "a.jsonl", [{"text": text} for text in texts])
+    return Data(str(path), Options(cache_dir=folder / "cache", **options))
 
 
-def split_texts(cache, texts: list[str], ratio: float) -> dict[str, list[str]]:
-    """The texts of each split, from a cache folder of their own."""
-    rows, counts = cached_splits("sft", "a.jsonl", texts, ratio, str(cache), writer_of(texts))
-    assert counts == {"texts": len(texts)}
+def split_texts(folder: Path, texts: list[str], **options) -> dict[str, list[str]]:
+    """The texts of each split."""
+    rows, counts = cached_splits("sft", data_of(folder, texts, **options), TextRecipe(), [])
+    assert counts["read"] == len(texts)
+    assert counts["texts"] == len(set(texts))
     return {name: list(rows[name]["text"]) for name in SPLITS}
 
 
+def share(text: str) -> float:
+    """Where the hash of a text's question stands between 0 and 1."""
+    return question_hash(TextRecipe().question(text)) / 2**64
+
+
+def folders(cache_dir: Path) -> list[str]:
+    return sorted(path.name for path in cache_dir.iterdir() if path.is_dir())
+
+
+# --- how texts are split ------------------------------------------------------------------------
+
+
 def test_shares_are_uniform_and_depend_on_the_text_alone():
-    shares = [split_share(text) for text in TEXTS]
-    assert shares == [split_share(text) for text in TEXTS]
+    shares = [share(text) for text in TEXTS]
+    assert shares == [share(text) for text in TEXTS]
     assert all(0 <= share < 1 for share in shares)
     assert sum(share < 0.25 for share in shares) == pytest.approx(500, abs=100)
 
 
 @pytest.mark.parametrize("ratio", [0.002, 0.25, 0.998])
-def test_a_text_is_held_out_when_its_share_is_below_the_ratio_whatever_comes_with_it(
+def test_a_text_is_held_out_when_its_hash_is_below_the_ratio_whatever_comes_with_it(
     tmp_path, ratio
 ):
     for texts in (TEXTS, TEXTS[::-1], TEXTS * 2):
-        splits = split_texts(tmp_path, texts, ratio)
-        assert splits["validation"] == [text for text in texts if split_share(text) < ratio]
-        assert splits["train"] == [text for text in texts if split_share(text) >= ratio]
+        once = list(dict.fromkeys(texts))
+        splits = split_texts(tmp_path, texts, validation_ratio=ratio)
+        assert splits["validation"] == [text for text in once if share(text) < ratio]
+        assert splits["train"] == [text for text in once if share(text) >= ratio]
 
 
 @pytest.mark.parametrize("ratio", [1e-9, 1 - 1e-9], ids=["all training", "all validation"])
 @pytest.mark.parametrize("count", [2, 3, 40])
-def test_when_all_fall_to_one_side_only_the_text_of_the_smallest_share_is_held_out(
+def test_when_all_fall_to_one_side_only_the_question_of_the_smallest_hash_is_held_out(
     tmp_path, ratio, count
 ):
-    texts = TEXTS[:count] * 2
-    splits = split_texts(tmp_path, texts, ratio)
-    smallest = min(texts, key=split_share)
-    assert splits["validation"] == [smallest, smallest]
-    assert splits["train"] == [text for text in texts if text != smallest]
+    texts = [f"{text}?{answer}" for answer in "ab" for text in TEXTS[:count]]
+    splits = split_texts(tmp_path, texts, validation_ratio=ratio)
+    smallest = min(TEXTS[:count], key=share)
+    assert splits["validation"] == [f"{smallest}?a", f"{smallest}?b"]
+    assert splits["train"] == [text for text in texts if not text.startswith(f"{smallest}?")]
 
 
 @pytest.mark.parametrize("ratio", [1e-9, 0.5, 1 - 1e-9])
-def test_of_one_text_nothing_is_held_out_and_the_split_is_refused(tmp_path, ratio):
-    splits = split_texts(tmp_path, ["alone"] * 3, ratio)
-    assert splits == {"train": ["alone"] * 3, "validation": []}
+def test_of_one_question_nothing_is_held_out_and_the_split_is_refused(tmp_path, ratio):
+    texts = ["alone?a", "alone?b", "alone?c"]
+    splits = split_texts(tmp_path, texts, validation_ratio=ratio)
+    assert splits == {"train": texts, "validation": []}
     rows = DatasetDict({name: Dataset.from_dict({"text": splits[name]}) for name in SPLITS})
     with pytest.raises(ValueError, match=r"a\.jsonl: every usable record asks the same question"):
         check_splits(rows, "a.jsonl")
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 3000])
+def test_rows_of_validation_have_at_most_the_tokens_that_are_asked_for(tmp_path, tokens):
+    splits = split_texts(tmp_path, TEXTS, validation_ratio=0.5, validation_tokens=tokens)
+    size = sum(map(len, splits["validation"]))
+    assert tokens - 10 < size <= tokens or len(splits["validation"]) == 1
+    held_out = sorted(TEXTS, key=share)[: len(splits["validation"])]
+    assert sorted(splits["validation"]) == sorted(held_out)
+    assert not set(splits["train"]) & set(splits["validation"])
 
 
 def test_two_splits_with_rows_pass_the_check_and_none_of_both_may_be_empty():
@@ -99,37 +117,106 @@ def test_two_splits_with_rows_pass_the_check_and_none_of_both_may_be_empty():
         assert "\n" not in str(caught.value)
 
 
-def test_rows_are_written_once_and_anew_for_other_settings(tmp_path, capsys):
-    def write_again(folder, split):
-        pytest.fail("the rows were there")
+@pytest.mark.parametrize("ratio", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_ratio_that_is_none_is_refused(ratio):
+    with pytest.raises(ValueError, match=f"validation_ratio={ratio} must be between 0 and 1"):
+        Options(validation_ratio=ratio)
 
-    arguments = ("sft", "a.jsonl")
-    rows, _ = cached_splits(*arguments, ["one"], 0.25, str(tmp_path), writer_of(TEXTS))
-    again, counts = cached_splits(*arguments, ["one"], 0.25, str(tmp_path), write_again)
-    assert counts == {"texts": len(TEXTS)}
-    assert capsys.readouterr().out == "Tokenizing a.jsonl …\n"
+
+# --- what is written once -----------------------------------------------------------------------
+
+
+def test_rows_are_written_once_and_anew_for_other_settings(tmp_path, capsys):
+    class Unread(TextRecipe):
+        def parse(self, record):
+            pytest.fail("the rows were there")
+
+    data = data_of(tmp_path, TEXTS)
+    rows, counts = cached_splits("sft", data, TextRecipe(), ["one"])
+    again, same = cached_splits("sft", data_of(tmp_path, TEXTS), Unread(), ["one"])
+    assert counts == same and counts["texts"] == len(TEXTS)
+    assert capsys.readouterr().out == f"Tokenizing {tmp_path}/a.jsonl …\n"
     for name in SPLITS:
         assert list(rows[name]) == list(again[name])
         assert data_fingerprint(rows[name]) == data_fingerprint(again[name])
-    for stage, settings, ratio in (
-        ("dpo", ["one"], 0.25),
-        ("sft", [1], 0.25),
-        ("sft", ["one"], 0.3),
+    seen = {data_fingerprint(rows["train"])}
+    for stage, settings, options in (
+        ("dpo", ["one"], {}),
+        ("sft", [1], {}),
+        ("sft", ["one"], {"validation_ratio": 0.3}),
+        ("sft", ["one"], {"validation_tokens": 500}),
+        ("sft", ["one"], {"max_dataset_bytes": 500}),
     ):
-        other, _ = cached_splits(stage, "a", settings, ratio, str(tmp_path), writer_of(TEXTS))
-        assert data_fingerprint(other["train"]) != data_fingerprint(rows["train"])
+        other, _ = cached_splits(stage, data_of(tmp_path, TEXTS, **options), TextRecipe(), settings)
+        seen.add(data_fingerprint(other["train"]))
+    path = str(tmp_path / "a.jsonl")
+    for dataset in ({path: 1.0}, [path, path]):
+        other, _ = cached_splits("sft", Data(dataset, data.options), TextRecipe(), ["one"])
+        seen.add(data_fingerprint(other["train"]))
+    assert len(seen) == 8
+    # What no row depends on does not make new ones.
+    options = {"num_proc": 2, "verify_data": True}
+    other, _ = cached_splits("sft", data_of(tmp_path, TEXTS, **options), Unread(), ["one"])
+    assert data_fingerprint(other["train"]) in seen
 
 
-def test_a_writer_that_dies_leaves_no_half_cache_and_the_next_call_works(tmp_path):
-    def die(folder, split):
-        writer_of(TEXTS[:5])(folder, split)
-        raise KeyboardInterrupt
+def test_a_recipe_that_dies_leaves_no_half_cache_and_the_next_call_works(tmp_path):
+    class Dying(TextRecipe):
+        def pack(self, texts, counts):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached_splits("sft", "a.jsonl", TEXTS, 0.25, str(tmp_path), die)
-    assert os.listdir(tmp_path) == [".lock"]
-    splits = split_texts(tmp_path, TEXTS, 0.25)
+        cached_splits("sft", data_of(tmp_path, TEXTS), Dying(), [])
+    assert folders(tmp_path / "cache") == []
+    splits = split_texts(tmp_path, TEXTS)
     assert sorted(splits["train"] + splits["validation"]) == sorted(TEXTS)
+    assert len(folders(tmp_path / "cache")) == 1
+
+
+def test_the_first_reading_happens_once(tmp_path):
+    data = data_of(tmp_path, TEXTS)
+    index = data.index(TextRecipe())
+    (tmp_path / "a.jsonl").unlink()
+    assert data.index(TextRecipe()) is index
+    assert len(data.choice(TextRecipe())) == len(TEXTS)
+
+
+def test_a_number_that_follows_from_rows_is_computed_once_and_kept_beside_them(tmp_path):
+    calls = []
+
+    def compute() -> float:
+        calls.append(1)
+        return 0.1 + 0.2
+
+    rows, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe(), [])
+    for _ in range(3):
+        assert cache.remember(rows["train"], "loss", compute) == 0.1 + 0.2
+    assert len(calls) == 1
+    again, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe(), [])
+    assert cache.remember(again["train"], "loss", lambda: pytest.fail("it was known")) == 0.1 + 0.2
+    assert cache.remember(again["train"], "other", lambda: 7.0) == 7.0
+    # Rows that are no file are computed with each time.
+    loose = Dataset.from_dict({"text": ["a"]})
+    for _ in range(2):
+        cache.remember(loose, "loss", compute)
+    assert len(calls) == 3
+
+
+def test_statistics_name_what_was_dropped(tmp_path):
+    _, counts = cached_splits("sft", data_of(tmp_path, [*TEXTS, "", TEXTS[0]]), TextRecipe(), [])
+    assert cache.dropped(counts) == "1 empty, 1 duplicate"
+    assert cache.dropped({"read": 3, "dropped: empty": 0}) == "none"
+    (folder,) = (tmp_path / "cache").glob("sft-*")
+    assert json.loads((folder / "statistics.json").read_text()) == counts
+
+
+def test_the_options_of_a_stage_are_keys_of_its_configuration():
+    config = {"validation_tokens": 5, "max_dataset_bytes": None, "num_proc": 2, "verify_data": True}
+    options = Options(**cache.options_of(config | {"output_dir": "out", "seed": 1}))
+    assert options == Options("out/cache", 0.05, 5, None, 2, True)
+
+
+# --- rows ---------------------------------------------------------------------------------------
 
 
 def test_target_bytes_count_exactly_the_tokens_that_the_collator_makes_targets(tokenizer):

@@ -97,6 +97,48 @@ def test_every_level_of_gradient_checkpointing_is_taken_also_from_the_command_li
     assert resolve(DEFAULTS, parsed)["gradient_checkpointing"] == level
 
 
+DATA = DEFAULTS | {"max_dataset_bytes": None, "num_proc": None, "validation_tokens": 1_000_000}
+
+
+@pytest.mark.parametrize(
+    "value", ["a.jsonl", ["a.jsonl", "b/"], ("a", "b"), {"a": 0.7, "b": 0.3}, {"a": 2, "b": 1}]
+)
+def test_datasets_are_one_name_a_list_of_names_or_names_with_shares(value):
+    assert resolve(DATA, {"dataset": value})["dataset"] == value
+    assert resolve({"pretrain_dataset": "a"}, {"pretrain_dataset": value}) is not None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *([], {}, [""], ["a", 3], ["a", None], {1: 0.5}, {" ": 1.0}),
+        *({"a": 0}, {"a": -0.5}, {"a": float("inf")}, {"a": float("nan")}),
+        *({"a": "0.7"}, {"a": 0.7, "b": None}),
+    ],
+)
+def test_other_datasets_are_refused_by_name(value):
+    wanted = "must be a name, a list of names, or names with shares above 0: {'a.jsonl': 0.7, "
+    with pytest.raises(ValueError, match=re.escape(f"dataset={value!r} {wanted}")):
+        resolve(DATA, {"dataset": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("max_dataset_bytes", 0, "at least 1"),
+        ("max_dataset_bytes", "2 GB", "a number"),
+        ("max_dataset_bytes", 1e19, f"at most {2**63}"),
+        ("num_proc", 0, "at least 1"),
+        ("num_proc", 1.5, "a whole number"),
+        ("num_proc", 1025, "at most 1024"),
+        ("validation_tokens", 0, "at least 1"),
+    ],
+)
+def test_a_wrong_number_of_the_preparation_is_refused_by_name(key, value, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"{key}={value!r} must be {wanted}.")):
+        resolve(DATA, {key: value})
+
+
 def test_a_path_object_is_as_good_as_its_text(tmp_path):
     assert resolve({"init_from": None}, {"init_from": tmp_path})["init_from"] == str(tmp_path)
 
@@ -117,6 +159,51 @@ def test_the_command_line_gives_typed_values_in_both_spellings(spelling):
         "dataset": "7",
         "run_name": "5",
     }
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--dataset a b", ["a", "b"]),
+        ("--dataset a b c/*.jsonl --batch_size 2", ["a", "b", "c/*.jsonl"]),
+        ("--dataset=a b", ["a", "b"]),
+        ("--dataset a=0.7 b=0.3", {"a": 0.7, "b": 0.3}),
+        ("--dataset=a=0.7 b=3e-1", {"a": 0.7, "b": 0.3}),
+        ("--dataset a=1", {"a": 1.0}),
+        ("--dataset a", "a"),
+        ("--dataset a=b", "a=b"),
+        ("--dataset x=1/y=b c", ["x=1/y=b", "c"]),
+        (
+            "--dataset owner/name:part@train=0.5 b.jsonl=1",
+            {"owner/name:part@train": 0.5} | {"b.jsonl": 1},
+        ),
+    ],
+)
+def test_several_datasets_stand_behind_each_other_with_a_share_behind_each_or_none(words, expected):
+    parsed = parse_arguments(words.split(), stage, DATA)
+    assert parsed["dataset"] == expected
+    assert resolve(DATA, parsed)["dataset"] == expected
+    assert parsed.keys() <= {"dataset", "batch_size"}
+
+
+@pytest.mark.parametrize("words", ["a=0.7 b", "a b=0.3"])
+def test_a_share_behind_some_datasets_only_is_refused(words):
+    message = f"argument --dataset: {words}: write a share behind every name, or none."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_arguments(["--dataset", *words.split()], stage, DATA)
+
+
+def test_a_file_whose_name_ends_like_a_share_is_a_file(tmp_path):
+    path = tmp_path / "lr=0.1"
+    path.mkdir()
+    assert parse_arguments(["--dataset", str(path)], stage, DATA) == {"dataset": str(path)}
+
+
+def test_a_limit_of_bytes_may_be_written_with_an_exponent():
+    parsed = parse_arguments(["--max_dataset_bytes", "2e9", "--num_proc", "4"], stage, DATA)
+    assert resolve(DATA, parsed) == DATA | {"max_dataset_bytes": 2e9, "num_proc": 4}
+    parsed = parse_arguments(["--max_dataset_bytes", "none"], stage, DATA)
+    assert resolve(DATA, parsed) == DATA
 
 
 @pytest.mark.parametrize("number", ["-1", "-0.5"])
