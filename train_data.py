@@ -20,6 +20,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
+from corpus.choice import choose_for_tokenizer
 from corpus.documents import SAMPLE, document_of
 from corpus.encoder import Encoder
 from corpus.packing import (
@@ -31,7 +32,7 @@ from corpus.packing import (
     row_types,
     split_windows,
 )
-from corpus.preparation import choose_for_tokenizer, chosen_texts
+from corpus.preparation import chosen_texts
 from engine.disk import atomic_folder, cache_lock, settings_hash
 from engine.progress import Progress
 from engine.report import print_lines

@@ -68,13 +68,13 @@ def iter_documents(
     corpus = Corpus([(find_data(dataset), None)])
     parse = partial(document_of, text_column=text_column)
     with Progress(what, corpus.stored_bytes(), shown=bool(what)) as progress:
-        for piece in corpus.pieces():
-            for text in usable_items(parse, piece.block, counts):
+        for task in corpus.tasks():
+            for text in usable_items(parse, task.portion, counts):
                 if seen.add(xxhash.xxh3_64_intdigest(text.encode())):
                     yield text
                 else:
                     counts["dropped: duplicate"] += 1
-            progress.reach(piece.position)
+            progress.reach(task.position)
 
 
 class SeenHashes:

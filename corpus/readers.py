@@ -20,7 +20,7 @@ from corpus.json_array import ArrayReader
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet")
-BLOCK = 4_000_000  # bytes of records that are read, handed to a process and handled at a time
+PORTION = 4_000_000  # bytes of records that are read, handed to a process and handled at a time
 TEXT_BLOCK = 1_000_000  # characters; a longer .txt without blank lines is cut at a line end
 
 
@@ -79,17 +79,17 @@ def find_files(dataset: str) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class Block:
+class Portion:
     """Consecutive records of one file, as they were read. The process that needs them parses them.
 
-    What a block holds depends on the file alone, so that results do not depend on who does what.
+    What a portion holds depends on the file alone, so that results do not depend on who does what.
     """
 
     path: Path
     line: int  # of the first record
     content: list  # lines as bytes, record batches, or (line, record)
     size: int  # bytes of the content
-    position: int  # bytes of the file, as it is stored, up to the end of this block
+    position: int  # bytes of the file, as it is stored, up to the end of this portion
 
     def records(self) -> Iterator[tuple[int, Any]]:
         """(line, record) of each record. Errors as in iter_records."""
@@ -100,7 +100,7 @@ class Block:
                 yield number, _parse_json(self.path, number, decode(self.path, number, item))
 
 
-class TableBlock(Block):
+class TablePortion(Portion):
     """Rows of a parquet file."""
 
     def records(self) -> Iterator[tuple[int, Any]]:
@@ -116,12 +116,12 @@ def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: text is not UTF-8, or JSON is broken. Names the file and the line.
     """
-    for block in iter_blocks(path):
-        yield from block.records()
+    for portion in iter_portions(path):
+        yield from portion.records()
 
 
-def iter_blocks(path: Path) -> Iterator[Block]:
-    """The records of one file in blocks of BLOCK bytes. Errors as in iter_records."""
+def iter_portions(path: Path) -> Iterator[Portion]:
+    """The records of one file in portions of PORTION bytes. Errors as in iter_records."""
     kind = format_of(path)
     with open(path, "rb") as stored:
         if kind == ".parquet":
@@ -134,7 +134,9 @@ def iter_blocks(path: Path) -> Iterator[Block]:
             yield from _group(path, _iter_raw_lines(path, stored), stored.tell)
 
 
-def _group(path: Path, items: Iterator, position: Callable[[], int], kind=Block) -> Iterator[Block]:
+def _group(
+    path: Path, items: Iterator, position: Callable[[], int], kind=Portion
+) -> Iterator[Portion]:
     """Blocks of (line, bytes), (line, record) or (line, batch). What was read precedes an error."""
     content: list = []
     first = size = 0
@@ -144,7 +146,7 @@ def _group(path: Path, items: Iterator, position: Callable[[], int], kind=Block)
             is_record = not isinstance(item, bytes | pyarrow.RecordBatch)
             content.append((line, item) if is_record else item)
             size += size_of(item)
-            if size >= BLOCK:
+            if size >= PORTION:
                 yield kind(path, first, content, size, position())
                 content, size = [], 0
     except ValueError:
@@ -257,21 +259,21 @@ def _iter_array(path: Path, stored: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 
 def _iter_paragraphs(path: Path, stored: BinaryIO) -> Iterator[tuple[int, str]]:
-    start, block, size = 1, [], 0
+    start, lines, size = 1, [], 0
     for number, raw_line in _iter_raw_lines(path, stored):
         line = decode(path, number, raw_line)
         if line.strip() and size < TEXT_BLOCK:
-            block.append(line)
+            lines.append(line)
             size += len(line)
             continue
-        if block:
-            yield start, "".join(block).rstrip("\r\n")
-        start, block, size = (number, [line], len(line)) if line.strip() else (number + 1, [], 0)
-    if block:
-        yield start, "".join(block).rstrip("\r\n")
+        if lines:
+            yield start, "".join(lines).rstrip("\r\n")
+        start, lines, size = (number, [line], len(line)) if line.strip() else (number + 1, [], 0)
+    if lines:
+        yield start, "".join(lines).rstrip("\r\n")
 
 
-def _iter_parquet(path: Path, stored: BinaryIO) -> Iterator[Block]:
+def _iter_parquet(path: Path, stored: BinaryIO) -> Iterator[Portion]:
     source: Any = path
     if path.suffix in COMPRESSIONS:
         source = pyarrow.BufferReader(b"".join(line for _, line in _iter_raw_lines(path, stored)))
@@ -288,7 +290,7 @@ def _iter_parquet(path: Path, stored: BinaryIO) -> Iterator[Block]:
         def position() -> int:
             return path.stat().st_size * row // max(file.metadata.num_rows, 1)
 
-        yield from _group(path, batches(), position, TableBlock)
+        yield from _group(path, batches(), position, TablePortion)
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corpus.choice import Index
 from corpus.documents import document_of
-from corpus.preparation import Index
 from corpus.readers import FORMATS
 
-FILLER = "x" * 3000  # of a column that nobody reads: blocks are full of it, and little is encoded
+FILLER = "x" * 3000  # of a column that nobody reads: portions are full of it, and little is encoded
 
 
 class TextRecipe:
@@ -50,8 +50,8 @@ def index_of(identities, questions=None, sizes=None, datasets=None) -> Index:
         np.array(identities if questions is None else questions, dtype=np.uint64),
         np.array([30] * count if sizes is None else sizes, dtype=np.uint32),
         np.array([0] * count if datasets is None else datasets, dtype=np.uint16),
-        per_block=[count],
-        block_bytes=0,
+        per_portion=[count],
+        read_bytes=0,
         counts=Counter(),
     )
 

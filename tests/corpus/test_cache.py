@@ -19,8 +19,8 @@ from corpus.cache import (
     open_rows,
     target_bytes,
 )
+from corpus.choice import question_hash
 from corpus.packing import PackedCollator
-from corpus.preparation import question_hash
 from dpo_data import prepare_dpo_data
 from kernels import IGNORE_INDEX
 from sft_data import prepare_sft_data

@@ -11,7 +11,7 @@ from recipes import TextRecipe, index_of, write_records
 from tiny import sentences
 
 from corpus.cache import Data, Options
-from corpus.preparation import (
+from corpus.choice import (
     BYTES_PER_TOKEN,
     LEAVE_OUT,
     TRAIN,

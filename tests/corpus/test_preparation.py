@@ -17,8 +17,9 @@ from recipes import (
 )
 
 from corpus.cache import Data, Options
-from corpus.preparation import TRAIN, Corpus, read_index, write_rows
-from corpus.readers import BLOCK
+from corpus.choice import TRAIN
+from corpus.preparation import Corpus, read_index, write_rows
+from corpus.readers import PORTION
 from dpo_data import PairRecipe, prepare_dpo_data
 from sft_data import ConversationRecipe, prepare_sft_data
 from train_data import DocumentRecipe, prepare_data
@@ -37,11 +38,11 @@ def text_corpus(folder: Path, **texts: list) -> Path:
 def read_texts(dataset, **options) -> list[str]:
     """The texts that are read of a dataset, in order."""
     recipe, data = TextRecipe(), Data(str(dataset), Options(**options))
-    return [text for piece in data.corpus.pieces() for _, text in _parsed(recipe, piece.block)]
+    return [text for task in data.corpus.tasks() for _, text in _parsed(recipe, task.portion)]
 
 
-def _parsed(recipe: TextRecipe, block):
-    return [(line, recipe.parse(record)) for line, record in block.records()]
+def _parsed(recipe: TextRecipe, portion):
+    return [(line, recipe.parse(record)) for line, record in portion.records()]
 
 
 # --- the same bytes -----------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_any_number_of_processes_gives_the_same_bytes(tmp_path, tokenizer, token
         prepare(given, data, cache_dir=cache, num_proc=num_proc, validation_tokens=3000)
         (folder,) = cache.glob(f"{stage}-*")
         found.append([(folder / name).read_bytes() for name in FILES])
-    assert sum(path.stat().st_size for path in Path(data).iterdir()) > 3 * BLOCK
+    assert sum(path.stat().st_size for path in Path(data).iterdir()) > 3 * PORTION
     assert found[0] == found[1] == found[2]
     counts = json.loads(found[0][2])
     assert counts["read"] > 5000
@@ -106,7 +107,7 @@ def test_the_bytes_are_counted_across_the_blocks_of_a_file(tmp_path, name):
     texts = [f"{number:06d}{'x' * 20_000}" for number in range(500)]
     records = texts if name == "a.txt" else [{"text": text} for text in texts]
     path = write_records(tmp_path / name, records)
-    for limit in (BLOCK // 2, BLOCK + 500_000, 2 * BLOCK + 500_000):
+    for limit in (PORTION // 2, PORTION + 500_000, 2 * PORTION + 500_000):
         found = read_texts(path, max_dataset_bytes=limit)
         assert found == texts[: len(found)]
         slack = 256 * 20_100 if name == "a.parquet" else 20_100  # a table is read in batches
@@ -150,7 +151,7 @@ def filled(text: str, **more) -> dict:
 
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_the_first_broken_record_in_the_order_of_the_files_is_the_error(tmp_path, num_proc):
-    """A process finds the second one sooner: before the first stands a block of slow records."""
+    """A process finds the second one sooner: before the first stands a portion of slow records."""
     folder = tmp_path / "data"
     folder.mkdir()
     slow = [{"text": f"{number}", "list": [[]] * 900} for number in range(1200)]
@@ -183,7 +184,7 @@ def rewrite(path: Path, change):
         lambda lines: [],
         lambda lines: lines * 200,
     ],
-    ids=["a line less", "a line more", "another order", "empty", "more blocks"],
+    ids=["a line less", "a line more", "another order", "empty", "more portions"],
 )
 def test_a_file_that_changes_between_the_two_readings_is_an_error(tmp_path, change):
     folder = text_corpus(tmp_path / "data", a=list("abc"), b=[f"{n}" * 99 for n in range(900)])
@@ -228,12 +229,12 @@ def test_the_first_reading_keeps_some_bytes_of_a_record_and_not_its_text(
         "sft": lambda: ConversationRecipe(tokenizer, 64, 0),
         "dpo": lambda: PairRecipe(tokenizer, 64, 0),
     }[stage]()
-    few, many = 12_000, 36_000  # three blocks and seven
+    few, many = 12_000, 36_000  # three portions and seven
     peaks = {}
     for count in (few, many):
         path = tmp_path / f"{count}.jsonl"
         write_records(path, list(map(RECORDS[stage], range(count))))
-        assert path.stat().st_size > count * 690 > 2 * BLOCK
+        assert path.stat().st_size > count * 690 > 2 * PORTION
         corpus = Corpus([([path], None)], num_proc=1)
         tracemalloc.start()
         try:
@@ -242,7 +243,7 @@ def test_the_first_reading_keeps_some_bytes_of_a_record_and_not_its_text(
         finally:
             tracemalloc.stop()
         assert len(index.identities) == count
-        assert len(index.per_block) == path.stat().st_size // BLOCK + 1
+        assert len(index.per_portion) == path.stat().st_size // PORTION + 1
     assert (peaks[many] - peaks[few]) / (many - few) < 64
 
 

@@ -11,9 +11,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from corpus.cache import data_fingerprint, target_bytes
+from corpus.choice import question_hash
 from corpus.documents import iter_documents
 from corpus.packing import split_windows
-from corpus.preparation import question_hash
 from tokenizer import END_OF_TEXT, IM_END, SPECIAL_TOKENS, encode_plain
 from train_data import inspect, prepare_data, unigram_loss
 
