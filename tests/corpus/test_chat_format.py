@@ -5,8 +5,9 @@ import inspect
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_jsonl
 
-from corpus.chat_format import Renderer, flatten, truncate
+from corpus.chat_format import Renderer, flatten, iter_conversations, truncate
 from corpus.records import FormatError, to_messages
 
 TALK = [
@@ -134,3 +135,11 @@ def test_format_errors_are_value_errors_for_those_who_parse_records_themselves()
     with pytest.raises(FormatError):
         to_messages({})
     assert issubclass(FormatError, ValueError)
+
+
+def test_a_record_of_a_prompt_file_that_is_broken_is_named_by_file_and_line(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "问", "response": "答"}, {"a": 1}])
+    found = []
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: .*found keys \['a'\]"):
+        found.extend(iter_conversations(path, to_messages))
+    assert len(found) == 1

@@ -95,7 +95,7 @@ def test_a_file_that_has_not_changed_is_not_opened_again(tmp_path, old_files):
 def test_a_young_file_is_read_again_because_its_stamp_may_stay_the_same(tmp_path):
     files, cache = put(tmp_path / "new", a="one"), tmp_path / "cache"
     before = content_hash(files, cache)
-    if time.time() - files[0].stat().st_ctime > YOUNG:
+    if time.time() - files[0].stat().st_ctime > 1.9:
         pytest.skip("this machine was too slow: the file is not young any more")
     with opened(files[0].parent) as names:
         assert content_hash(files, cache) == before

@@ -182,14 +182,16 @@ def rewrite(path: Path, change):
         lambda lines: [*lines, '{"text": "new"}\n'],
         lambda lines: lines[::-1],
         lambda lines: [],
-        lambda lines: lines * 200,
+        lambda lines: lines * 20,
     ],
     ids=["a line less", "a line more", "another order", "empty", "more portions"],
 )
-def test_a_file_that_changes_between_the_two_readings_is_an_error(tmp_path, change):
+@pytest.mark.parametrize("is_needed", [True, False], ids=["needed", "left out"])
+def test_a_file_that_changes_between_the_two_readings_is_an_error(tmp_path, change, is_needed):
     folder = text_corpus(tmp_path / "data", a=list("abc"), b=[f"{n}" * 99 for n in range(900)])
     data = Data(str(folder), Options(cache_dir=tmp_path))
     index, choice = data.index(TextRecipe()), data.choice(TextRecipe())
+    choice[3:] *= is_needed
     write_rows(tmp_path, data.corpus, TextRecipe(), index, choice, 100)
     rewrite(folder / "b.jsonl", change)
     with pytest.raises(ValueError, match=r"b\.jsonl: the file was changed while it was read"):
