@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import PreTrainedTokenizerBase
 
 from corpus.choice import Index, choose
-from corpus.identity import content_hash
+from engine.identity import content_hash
 from corpus.preparation import Corpus, Recipe, read_index, write_rows
 from corpus.sources import datasets_of, find_data
 from engine.disk import atomic_folder, cache_lock, settings_hash, write_whole
@@ -66,7 +66,8 @@ class Data:
         self.options, self.cache_dir = options, Path(options.cache_dir)
         limit, chosen = options.max_dataset_bytes, datasets_of(dataset)
         limit = None if limit is None else int(limit)  # 2e9 is no int
-        self.name = ", ".join(name for name, _ in chosen)
+        self.names = [name for name, _ in chosen]
+        self.name = ", ".join(self.names)
         self.weights = [weight for _, weight in chosen]
         found = [find_data(name, limit, str(self.cache_dir)) for name, _ in chosen]
         pairs = list(zip(found, self.weights, strict=True))
@@ -83,9 +84,12 @@ class Data:
         return self._index
 
     def choice(self, recipe: Recipe) -> np.ndarray:
-        """What becomes of each record: preparation.choose."""
-        ratio, tokens = self.options.validation_ratio, self.options.validation_tokens
-        return choose(self.index(recipe), self.weights, ratio, tokens)
+        """What becomes of each record: choice.choose."""
+        index, options = self.index(recipe), self.options
+        for number, name in enumerate(self.names):
+            if None not in self.weights and not (index.datasets == number).any():
+                raise ValueError(f"{name}: it has nothing usable, and is to have a share.")
+        return choose(index, self.weights, options.validation_ratio, options.validation_tokens)
 
 
 def cached_splits(

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent; hashes of their content."""
+"""Writing files so that they are whole or absent; names of what is cached."""
 
 import contextlib
 import errno
@@ -94,17 +94,6 @@ def _sync_folder(folder: Path):
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
-
-
-def content_hash(files: list[Path]) -> str:
-    """Hash of the files' bytes, 128 bits as hexadecimal. Names and dates do not matter."""
-    digest = xxhash.xxh3_128()
-    for file in files:
-        digest.update(f"{file.stat().st_size}:".encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def settings_hash(*settings) -> str:

@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import nn
 
-from engine.disk import atomic_folder, cache_lock, content_hash, settings_hash
+from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.identity import content_hash
 from engine.model_folder import load_model_folder
 from engine.progress import Progress, track
 from engine.runtime import Runtime, eagerly, sum_dtype
@@ -156,13 +157,13 @@ def add_reference_logps(
     They are computed once, so that no second model is in memory while training. The cache's name
     changes with the reference's weights, the data (their fingerprint) and the precision.
     """
-    cache_dir = f"{config['output_dir']}/cache"
+    cache_dir = Path(config["output_dir"]) / "cache"
     # Without gradients more pairs fit than in training; a smaller batch_size helps here too.
     pairs_at_once = 32 if config["batch_size"] == "auto" else 4 * config["batch_size"]
-    weights = content_hash(sorted(Path(path).glob("*.safetensors")))
+    weights = content_hash(sorted(Path(path).glob("*.safetensors")), cache_dir)
     name = settings_hash(weights, fingerprint, str(rt.dtype))
-    folder = Path(cache_dir) / f"reference-{name}"
-    with cache_lock(Path(cache_dir)):
+    folder = cache_dir / f"reference-{name}"
+    with cache_lock(cache_dir):
         if not folder.exists():
             rt.say(f"Computing the reference's log-probabilities with {path} …")
             model = load_model_folder(path, tokenizer, 0.0, 0, rt.say).eval()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import Timeout
 
-from engine.disk import atomic_folder, cache_lock, content_hash, settings_hash
+from engine.disk import atomic_folder, cache_lock, settings_hash
 
 
 def put(folder: Path, name: str, data: bytes) -> Path:
@@ -14,21 +14,6 @@ def put(folder: Path, name: str, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
     return path
-
-
-def test_content_hash_changes_with_a_byte_and_not_with_name_or_date(tmp_path):
-    one, other = put(tmp_path, "a.txt", b"same"), put(tmp_path, "z/b.txt", b"same")
-    os.utime(other, (0, 0))
-    assert content_hash([one]) == content_hash([other])
-    before = content_hash([one])
-    put(tmp_path, "a.txt", b"sbme")
-    assert content_hash([one]) != before
-
-
-def test_content_hash_sees_where_one_file_ends_and_the_next_begins(tmp_path):
-    split = [put(tmp_path, "1", b"ab"), put(tmp_path, "2", b"c")]
-    moved = [put(tmp_path, "3", b"a"), put(tmp_path, "4", b"bc")]
-    assert content_hash(split) != content_hash(moved)
 
 
 def test_settings_hash_tells_settings_apart_and_ignores_the_order_of_keys():

@@ -1,4 +1,4 @@
-"""What the bytes of a corpus are: a file whose stamp has not changed is not read again."""
+"""What the bytes of files are: a file whose stamp has not changed is not read again."""
 
 import json
 import time

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import sentences, write_jsonl
 
-from corpus.identity import MANIFEST, YOUNG, content_hash
+from engine.identity import MANIFEST, YOUNG, content_hash
 from train_data import prepare_data
 
 OPENED: list[Path] = []  # while a test looks: every file that this process opens
