@@ -22,7 +22,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, flatten, key_of, truncate
+from corpus.chat_format import Renderer, Turn, key_of, truncate
 from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit
 from corpus.readers import Dropped
@@ -107,14 +107,14 @@ class PairRecipe:
     def question(self, pair) -> str:
         return key_of(pair[0])
 
-    def encode(self, pairs: list, counts: Counter) -> list[dict | None]:
-        """The columns of each."""
+    def encode(self, pairs: list, counts: Counter) -> list:
+        """Of each pair the arrays of ids that make its prompt, chosen and rejected column."""
         conversations = [[*p, reply(chosen), reply(rejected)] for p, chosen, rejected in pairs]
         encoded = [self._encode(turns, counts) for turns in self.renderer.render(conversations)]
-        counts["pairs"] += len(pairs) - encoded.count(None)
+        counts["pairs"] += sum(pair is not None for pair in encoded)
         return encoded
 
-    def _encode(self, turns, counts: Counter) -> dict | None:
+    def _encode(self, turns: list[Turn], counts: Counter) -> tuple[list[np.ndarray], ...] | None:
         """The prompt is shortened for the longer answer, so that both answer the same question."""
         *prompt, chosen, rejected = turns
         longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
@@ -122,25 +122,30 @@ class PairRecipe:
         counts["answers cut"] += truncate(conversation, self.max_length)
         prompt = conversation[:-1]
         counts["answers cut"] += truncate([*prompt, shorter], self.max_length)
-        # The end token is an answer's last target.
-        chosen_ids = np.concatenate([chosen.content, chosen.end[:1]])
-        rejected_ids = np.concatenate([rejected.content, rejected.end[:1]])
-        if np.array_equal(chosen_ids, rejected_ids):
+        if len(chosen) == len(rejected) and np.array_equal(chosen.content, rejected.content):
             counts["dropped: equal after truncation"] += 1
             return None
-        return {
-            "prompt_ids": np.concatenate([flatten(prompt)[0], chosen.header]),
-            "chosen_ids": chosen_ids,
-            "rejected_ids": rejected_ids,
-            "chosen_bytes": self.byte_lengths[chosen_ids].sum(),
-        }
+        question = [part for turn in prompt for part in (turn.header, turn.content, turn.end)]
+        # The end token is an answer's last target.
+        answers = [[answer.content, answer.end[:1]] for answer in (chosen, rejected)]
+        return [*question, chosen.header], *answers
 
-    def length(self, pair: dict) -> int:
-        return sum(len(pair[f"{name}_ids"]) for name in PARTS)
+    def length(self, pair) -> int:
+        return sum(len(array) for column in pair for array in column)
 
-    def pack(self, pairs: list[dict], counts: Counter) -> pa.RecordBatch:
-        counts["tokens"] += sum(map(self.length, pairs))
-        return pa.RecordBatch.from_pylist(pairs, schema=self.schema)
+    def pack(self, pairs: list, counts: Counter) -> pa.RecordBatch:
+        columns = []
+        for number in range(len(PARTS)):
+            lengths = [sum(map(len, pair[number])) for pair in pairs]
+            arrays = [array for pair in pairs for array in pair[number]]
+            ids = np.concatenate([np.empty(0, dtype=np.uint32), *arrays])
+            ends = np.cumsum([0, *lengths], dtype=np.int32)
+            columns.append(pa.ListArray.from_arrays(ends, ids))
+            counts["tokens"] += len(ids)
+            if PARTS[number] == "chosen":
+                total = np.cumsum([0, *self.byte_lengths[ids]])
+                chosen_bytes = total[ends[1:]] - total[ends[:-1]]
+        return pa.record_batch([*columns, pa.array(chosen_bytes)], schema=self.schema)
 
 
 def reply(text: str) -> dict:

@@ -10,10 +10,10 @@ from datasets import Dataset, DatasetDict, DatasetInfo
 from transformers import PreTrainedTokenizerBase
 
 from corpus.choice import Index, choose
-from engine.identity import content_hash
 from corpus.preparation import Corpus, Recipe, read_index, write_rows
 from corpus.sources import datasets_of, find_data
 from engine.disk import atomic_folder, cache_lock, settings_hash, write_whole
+from engine.identity import content_hash
 from tokenizer import token_byte_lengths
 
 SPLITS = ("train", "validation")

@@ -137,7 +137,9 @@ def _recognise(record, stage: str) -> tuple[dict, Format]:
     """(fields that are not null, the format that has these keys)."""
     if not isinstance(record, dict):
         raise FormatError(f"expected an object, found {type(record).__name__}")
-    fields = {key: value for key, value in record.items() if value is not None}
+    fields = record
+    if None in record.values():
+        fields = {key: value for key, value in record.items() if value is not None}
     if row := _row_of(frozenset(fields), stage):
         return fields, row
     nearest = max(ROWS[stage], key=lambda row: sum(key in fields for key in row.keys))
@@ -164,17 +166,18 @@ def _found_and_accepted(fields: dict, stage: str) -> str:
 
 def _question(fields: dict, row: Format) -> list[dict]:
     """Parsed messages up to the reply; [] where the answers hold the question."""
-    messages = _history(fields.get("history")) if "history" in row.optional else []
+    has_history = "history" in fields and "history" in row.optional
+    messages = _history(fields["history"]) if has_history else []
     for key in row.question:
         value = fields[key]
         if key in LISTS or (key == "prompt" and isinstance(value, list)):
             messages += parse_messages(value, key)
             continue
-        texts = [text_of(value, key)]
-        if "input" in row.optional and fields.get("input"):
-            texts.append(text_of(fields["input"], "input"))
-        messages.append({"role": "user", "content": "\n".join(text for text in texts if text)})
-    if any(message["role"] == "system" for message in messages[1:]):
+        text = text_of(value, key)
+        if fields.get("input") and "input" in row.optional:
+            text += ("\n" if text else "") + text_of(fields["input"], "input")
+        messages.append({"role": "user", "content": text})
+    if len(messages) > 1 and any(message["role"] == "system" for message in messages[1:]):
         raise FormatError("a system message stands behind 'history': only the first may be one")
     return messages
 
@@ -206,6 +209,8 @@ def _answer(value, key: str) -> tuple[list[dict] | None, dict]:
 
 def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
     """Messages that begin with the record's own `system` and `tools`, where it has them."""
+    if "system" not in fields and "tools" not in fields:
+        return messages
     system = text_of(fields.get("system", ""), "system")
     tools = parse_tools(fields["tools"], "'tools'") if fields.get("tools") else []
     if not system and not tools:
