@@ -199,6 +199,9 @@ class PairCollator:
         batch["target_ids"] = np.concatenate([empty, *targets])
         batch["sequence_index"] = np.concatenate([empty, *sequences])
         batch["answer_lengths"] = np.bincount(batch["sequence_index"], minlength=2 * len(pairs))
+        if not pairs:  # a rank's share of the last step, or of few validation pairs
+            batch["reference_logps"] = np.zeros((0, 2), dtype=np.float32)
+            batch["chosen_bytes"] = np.zeros(0, dtype=np.int64)
         for name in ("reference_logps", "chosen_bytes"):
             if pairs and name in pairs[0]:
                 batch[name] = np.stack([np.asarray(pair[name]) for pair in pairs])

@@ -22,6 +22,7 @@ from typing import Any
 from forked_runs import STAGES, run
 
 from engine.checkpoint import find_damage, list_checkpoints
+from engine.identity import MANIFEST
 from engine.tracker import read_metrics
 
 CHANGES = {"dropout": 0.1, "num_workers": 2, "save_every": 3, "keep_checkpoints": 2}
@@ -79,7 +80,9 @@ def size_of(folder: Path) -> int:
 
 
 def names(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    """All files but that of the data's hashes: it is there when the data are old enough."""
+    paths = (path for path in folder.rglob("*") if path.name != MANIFEST)
+    return {str(path.relative_to(folder)) for path in paths}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -62,7 +62,9 @@ def until_the_disk_fails(count: int):
 
 
 def workers() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """Processes of Python: a test before may have left wandb's service."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "python" in child.name()]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2, 3])

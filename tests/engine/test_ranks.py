@@ -43,7 +43,7 @@ def run_on_two_ranks(jobs: list, folder: Path):
         encoding="utf-8",
         timeout=600,  # ranks that wait for each other would do so for ever
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout
 
 

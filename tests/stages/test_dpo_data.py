@@ -242,6 +242,8 @@ def test_an_empty_share_of_a_step_is_one_row_of_padding():
     batch = PairCollator(pad_token_id=0)([])
     assert batch["input_ids"].shape == (1, 64)
     assert len(batch["target_ids"]) == len(batch["answer_lengths"]) == 0
+    assert batch["reference_logps"].shape == (0, 2)
+    assert batch["chosen_bytes"].shape == (0,)
 
 
 def test_the_full_batch_that_a_memory_test_runs_is_as_large_as_any_can_be(tmp_path, tokenizer):

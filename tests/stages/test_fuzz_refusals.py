@@ -24,7 +24,7 @@ import train_llm
 from dpo_data import prepare_dpo_data
 from engine.guards import NumericalError
 from engine.runtime import make_runtime, seed_everything
-from engine.settings import AT_LEAST_ONE, LARGEST, OPTIONAL, resolve, shorten
+from engine.settings import AT_LEAST_ONE, AT_MOST, LARGEST, OPTIONAL, resolve, shorten
 from sft_data import prepare_sft_data
 from tokenizer import create_tokenizer
 from train_data import prepare_data
@@ -103,7 +103,8 @@ def is_well_formed(key: str, value, default) -> bool:
     if isinstance(default, bool | str):
         return type(value) is type(default)
     kinds = (int,) if isinstance(default, int) else (int, float)
-    return type(value) in kinds and (key in AT_LEAST_ONE) <= value <= LARGEST
+    largest = max(LARGEST, AT_MOST.get(key, 0))
+    return type(value) in kinds and (key in AT_LEAST_ONE) <= value <= largest
 
 
 def check_resolved(stage: str, changes: dict):

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from corpus.records import to_messages
 from models import CustomLLM
 from sft_data import prepare_sft_data
-from sft_train import mix_in_pretraining, train_sft
+from sft_train import DEFAULTS, mix_in_pretraining, train_sft
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_any_qwen3_folder_can_be_fine_tuned(tmp_path, tokenizer):
 
 @pytest.mark.slow
 def test_pretraining_text_is_mixed_in_by_its_share_of_rows(tmp_path, base_model):
-    config = sft_config(tmp_path, base_model, pretrain_mix_ratio=0.5, seed=1)
+    config = DEFAULTS | sft_config(tmp_path, base_model, pretrain_mix_ratio=0.5, seed=1)
     config["pretrain_dataset"] = write_corpus(tmp_path, count=200)
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     rows, _ = prepare_sft_data(tokenizer, config["dataset"], 64, cache_dir=str(tmp_path / "cache"))

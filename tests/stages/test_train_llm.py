@@ -241,8 +241,8 @@ def test_broken_data_names_file_and_line(tmp_path):
     Path(config["dataset"]).write_text('{"text": "一"}\n{"text": \n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"corpus\.jsonl:2: broken JSON"):
         train(wandb_config=config)
-    write_jsonl(Path(config["dataset"]), [{"content": "一"}])
-    with pytest.raises(ValueError, match=r"corpus\.jsonl:1: expected .*'content'"):
+    write_jsonl(Path(config["dataset"]), [{"body": "一"}])
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:1: expected .*'body'"):
         train(wandb_config=config)
 
 
