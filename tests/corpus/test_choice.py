@@ -218,6 +218,15 @@ def test_datasets_of_a_list_are_taken_whole_and_those_of_a_dict_in_their_shares(
     assert texts({b: 0.3, a: 0.7}).total() == pytest.approx(900 / 0.7, rel=0.05)
 
 
+def test_a_dataset_of_a_mixture_that_has_nothing_usable_is_named(tmp_path):
+    full = write_records(tmp_path / "a.jsonl", [{"text": text} for text in sentences(9)])
+    empty = write_records(tmp_path / "b.jsonl", [{"text": " "}])
+    data = Data({str(full): 0.5, str(empty): 0.5}, Options(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"b\.jsonl: it has nothing usable") as caught:
+        data.choice(TextRecipe())
+    assert "a.jsonl" not in str(caught.value)
+
+
 # --- the tokenizer's share ----------------------------------------------------------------------
 
 

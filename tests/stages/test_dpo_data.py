@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 from collections import Counter
 
 import pytest
 import torch
 from tiny import dpo_config, no_training, write_jsonl
 
+import dpo_data
 from corpus.cache import check_splits
 from corpus.records import FormatError, to_pair
 from dpo_data import PairCollator, inspect, prepare_dpo_data
@@ -286,3 +288,11 @@ def test_the_real_preference_set_works_unchanged(tmp_path, tokenizer, real_data)
     lines = path.read_text(encoding="utf-8").splitlines()
     assert len(pairs_of(splits)) > 0.9 * len(lines)
     assert json.loads(lines[0])["chosen"]
+
+
+def test_the_command_without_a_model_is_one_line_that_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo_data.py", "--inspect"])
+    with pytest.raises(SystemExit, match=r"sft_train\.py` first, or set --model to") as stopped:
+        dpo_data.main()
+    assert str(stopped.value).startswith("error: No finished sft run under checkpoints")
