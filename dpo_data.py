@@ -170,7 +170,7 @@ class PairCollator:
         width = -(-max(lengths, default=1) // self.multiple) * self.multiple
         rows = best_fit(lengths, width) or [[]]
         shape = (len(rows), width)
-        batch = {
+        batch: dict[str, np.ndarray] = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "position_ids": np.zeros(shape, dtype=np.int64),
             "pair_ids": np.full(shape, -1, dtype=np.int64),
