@@ -8,6 +8,7 @@ Ids and mask are built together, message by message, so that they always agree. 
 without control tokens, so that nothing a user types becomes one.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from corpus.encoder import Encoder
-from corpus.readers import FormatError, input_error, iter_records
+from corpus.preparation import usable_items
+from corpus.readers import iter_portions
 from corpus.sources import find_data
 from tokenizer import IM_END, IM_START, encode_plain
 
@@ -27,11 +29,8 @@ HEADERS = {"system": "system\n", "user": "user\n", "assistant": "assistant\n", "
 def iter_conversations(data_path: str, parse) -> Iterator:
     """parse(record) for every record of the files. A FormatError gets its file and line."""
     for path in find_data(data_path):
-        for line, record in iter_records(path):
-            try:
-                yield parse(record)
-            except FormatError as error:
-                raise input_error(path, line, f"{error}.") from error
+        for portion in iter_portions(path):
+            yield from usable_items(parse, portion, Counter())
 
 
 @dataclass(slots=True)
