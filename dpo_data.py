@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -62,8 +63,8 @@ def prepare_dpo_data(
     cache.check_max_length(max_length)
     data = cache.Data(data_path or SAMPLE, cache.Options(**options))
     settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
-    recipe = PairRecipe(tokenizer, max_length, data.size)
-    rows, counts = cache.cached_splits("dpo", data, recipe, settings)
+    make_recipe = partial(PairRecipe, tokenizer, max_length, data.size)
+    rows, counts = cache.cached_splits("dpo", data, make_recipe, settings)
     if not counts.get("pairs"):
         raise ValueError(f"{data.name}: no pair with two different answers ({counts}).")
     print(

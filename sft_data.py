@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -55,8 +56,8 @@ def prepare_sft_data(
     cache.check_max_length(max_length)
     data = cache.Data(data_path or SAMPLE, cache.Options(**options))
     settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
-    recipe = ConversationRecipe(tokenizer, max_length, data.size)
-    rows, counts = cache.cached_splits("sft", data, recipe, settings)
+    make_recipe = partial(ConversationRecipe, tokenizer, max_length, data.size)
+    rows, counts = cache.cached_splits("sft", data, make_recipe, settings)
     if not counts.get("conversations"):
         raise ValueError(f"{data.name}: no example with a reply to learn from ({counts}).")
     print(_describe(counts, rows, data.name), flush=True)

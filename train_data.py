@@ -10,7 +10,7 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -79,9 +79,9 @@ def prepare_data(
         if tokenizer_path
         else cached_tokenizer(data, recipe, vocab_size, tokenizer_megabytes)
     )
-    recipe = replace(recipe, tokenizer=tokenizer, max_seq_len=max_seq_len, size=data.size)
+    make_recipe = partial(DocumentRecipe, text_column, tokenizer, max_seq_len, data.size)
     settings = [text_column, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
-    splits, counts = cache.cached_splits("pretrain", data, recipe, settings)
+    splits, counts = cache.cached_splits("pretrain", data, make_recipe, settings)
     splits = _both_splits(splits, data, max_seq_len, counts)
     print(describe(counts, splits, data.name), flush=True)
     return splits, tokenizer

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +73,10 @@ def prepare_unpacked(config: dict, keep_ends: bool):
     tokenizer = create_tokenizer(model_path=config["tokenizer_path"])
     length, column = config["max_seq_len"], config["text_column"]
     data = cache.Data(config["dataset"], cache.Options(**cache.options_of(config)))
-    recipe = UnpackedRecipe(column, tokenizer, length, data.size, keep_ends)
+    make_recipe = partial(UnpackedRecipe, column, tokenizer, length, data.size, keep_ends)
     # As in prepare_data: the name of the cache folder is a hash of all this.
     settings = [column, tokenizer_identity(tokenizer), length, CACHE_VERSION]
-    cache.cached_splits("pretrain", data, recipe, settings)
+    cache.cached_splits("pretrain", data, make_recipe, settings)
 
 
 def run_loop(config: dict) -> dict:

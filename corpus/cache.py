@@ -93,10 +93,12 @@ class Data:
 
 
 def cached_splits(
-    stage: str, data: Data, recipe: Recipe, settings: list
+    stage: str, data: Data, make_recipe: Callable[[], Recipe], settings: list
 ) -> tuple[DatasetDict, dict]:
     """(rows of both splits, statistics) of a stage's data.
 
+    make_recipe: called where the rows are not there: the encoder of a large vocabulary takes
+        seconds to make.
     settings: what the rows depend on beside the data. The cache folder's name is a hash of all.
     """
     options = data.options
@@ -106,6 +108,7 @@ def cached_splits(
     with cache_lock(data.cache_dir):
         if not (folder / "statistics.json").exists():
             print(f"Tokenizing {data.name} …", flush=True)
+            recipe = make_recipe()
             index, choice = data.index(recipe), data.choice(recipe)
             with atomic_folder(folder) as temporary:
                 tokens = options.validation_tokens

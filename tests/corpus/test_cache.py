@@ -38,7 +38,7 @@ def data_of(folder: Path, texts: list[str], **options) -> Data:
 
 def split_texts(folder: Path, texts: list[str], **options) -> dict[str, list[str]]:
     """The texts of each split."""
-    rows, counts = cached_splits("sft", data_of(folder, texts, **options), TextRecipe(), [])
+    rows, counts = cached_splits("sft", data_of(folder, texts, **options), TextRecipe, [])
     assert counts["read"] == len(texts)
     assert counts["texts"] == len(set(texts))
     return {name: list(rows[name]["text"]) for name in SPLITS}
@@ -132,8 +132,8 @@ def test_rows_are_written_once_and_anew_for_other_settings(tmp_path, capsys):
             pytest.fail("the rows were there")
 
     data = data_of(tmp_path, TEXTS)
-    rows, counts = cached_splits("sft", data, TextRecipe(), ["one"])
-    again, same = cached_splits("sft", data_of(tmp_path, TEXTS), Unread(), ["one"])
+    rows, counts = cached_splits("sft", data, TextRecipe, ["one"])
+    again, same = cached_splits("sft", data_of(tmp_path, TEXTS), Unread, ["one"])
     assert counts == same and counts["texts"] == len(TEXTS)
     assert capsys.readouterr().out == f"Tokenizing {tmp_path}/a.jsonl …\n"
     for name in SPLITS:
@@ -147,16 +147,16 @@ def test_rows_are_written_once_and_anew_for_other_settings(tmp_path, capsys):
         ("sft", ["one"], {"validation_tokens": 500}),
         ("sft", ["one"], {"max_dataset_bytes": 500}),
     ):
-        other, _ = cached_splits(stage, data_of(tmp_path, TEXTS, **options), TextRecipe(), settings)
+        other, _ = cached_splits(stage, data_of(tmp_path, TEXTS, **options), TextRecipe, settings)
         seen.add(data_fingerprint(other["train"]))
     path = str(tmp_path / "a.jsonl")
     for dataset in ({path: 1.0}, [path, path]):
-        other, _ = cached_splits("sft", Data(dataset, data.options), TextRecipe(), ["one"])
+        other, _ = cached_splits("sft", Data(dataset, data.options), TextRecipe, ["one"])
         seen.add(data_fingerprint(other["train"]))
     assert len(seen) == 8
     # What no row depends on does not make new ones.
     options = {"num_proc": 2, "verify_data": True}
-    other, _ = cached_splits("sft", data_of(tmp_path, TEXTS, **options), Unread(), ["one"])
+    other, _ = cached_splits("sft", data_of(tmp_path, TEXTS, **options), Unread, ["one"])
     assert data_fingerprint(other["train"]) in seen
 
 
@@ -166,7 +166,7 @@ def test_a_recipe_that_dies_leaves_no_half_cache_and_the_next_call_works(tmp_pat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cached_splits("sft", data_of(tmp_path, TEXTS), Dying(), [])
+        cached_splits("sft", data_of(tmp_path, TEXTS), Dying, [])
     assert folders(tmp_path / "cache") == []
     splits = split_texts(tmp_path, TEXTS)
     assert sorted(splits["train"] + splits["validation"]) == sorted(TEXTS)
@@ -188,11 +188,11 @@ def test_a_number_that_follows_from_rows_is_computed_once_and_kept_beside_them(t
         calls.append(1)
         return 0.1 + 0.2
 
-    rows, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe(), [])
+    rows, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe, [])
     for _ in range(3):
         assert cache.remember(rows["train"], "loss", compute) == 0.1 + 0.2
     assert len(calls) == 1
-    again, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe(), [])
+    again, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe, [])
     assert cache.remember(again["train"], "loss", lambda: pytest.fail("it was known")) == 0.1 + 0.2
     assert cache.remember(again["train"], "other", lambda: 7.0) == 7.0
     # Rows that are no file are computed with each time.
@@ -203,7 +203,7 @@ def test_a_number_that_follows_from_rows_is_computed_once_and_kept_beside_them(t
 
 
 def test_statistics_name_what_was_dropped(tmp_path):
-    _, counts = cached_splits("sft", data_of(tmp_path, [*TEXTS, "", TEXTS[0]]), TextRecipe(), [])
+    _, counts = cached_splits("sft", data_of(tmp_path, [*TEXTS, "", TEXTS[0]]), TextRecipe, [])
     assert cache.dropped(counts) == "1 empty, 1 duplicate"
     assert cache.dropped({"read": 3, "dropped: empty": 0}) == "none"
     (folder,) = (tmp_path / "cache").glob("sft-*")
