@@ -171,12 +171,13 @@ def test_the_openai_client_talks_to_the_server_on_loopback(final):
     try:
         wait_until_up(f"http://127.0.0.1:{port}/health", server)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        asked = {"model": final, "messages": MESSAGES, "max_tokens": 4, "temperature": 0}
+        asked = {"model": final, "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
         answer = client.chat.completions.create(**asked).choices[0].message
         assert answer.role == "assistant"
         streamed = client.chat.completions.create(**asked, stream=True)
         deltas = [chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices]
-        assert "".join(deltas).strip() == answer.content.strip() != ""
+        # max_tokens may cut within a character: transformers' stream holds such an end back.
+        assert "".join(deltas).strip() == answer.content.rstrip("\ufffd").strip() != ""
         listening = subprocess.run(["cat", "/proc/net/tcp"], capture_output=True, text=True)
         rows = [r.split() for r in listening.stdout.splitlines()[1:]]
         addresses = [r[1] for r in rows if r[1].endswith(f":{port:04X}") and r[3] == "0A"]
