@@ -176,8 +176,9 @@ def test_the_openai_client_talks_to_the_server_on_loopback(final):
         assert answer.role == "assistant"
         streamed = client.chat.completions.create(**asked, stream=True)
         deltas = [chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices]
-        # max_tokens may cut within a character: transformers' stream holds such an end back.
-        assert "".join(deltas).strip() == answer.content.rstrip("\ufffd").strip() != ""
+        whole, stream = answer.content.strip(), "".join(deltas).strip()
+        # max_tokens may cut within a character: transformers' stream keeps that last token back.
+        assert whole == stream or (whole.endswith("\ufffd") and whole.startswith(stream) and stream)
         listening = subprocess.run(["cat", "/proc/net/tcp"], capture_output=True, text=True)
         rows = [r.split() for r in listening.stdout.splitlines()[1:]]
         addresses = [r[1] for r in rows if r[1].endswith(f":{port:04X}") and r[3] == "0A"]
