@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, Turn, key_of, truncate
+from corpus.chat_format import Renderer, Turn, key_of, total_length, truncate
 from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit
 from corpus.readers import Dropped
@@ -118,11 +118,12 @@ class PairRecipe:
     def _encode(self, turns: list[Turn], counts: Counter) -> tuple[list[np.ndarray], ...] | None:
         """The prompt is shortened for the longer answer, so that both answer the same question."""
         *prompt, chosen, rejected = turns
-        longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
-        conversation = [*prompt, longer]
-        counts["answers cut"] += truncate(conversation, self.max_length)
-        prompt = conversation[:-1]
-        counts["answers cut"] += truncate([*prompt, shorter], self.max_length)
+        if total_length(turns) > self.max_length:  # of both answers, so that few are looked at
+            longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
+            conversation = [*prompt, longer]
+            counts["answers cut"] += truncate(conversation, self.max_length)
+            prompt = conversation[:-1]
+            counts["answers cut"] += truncate([*prompt, shorter], self.max_length)
         if len(chosen) == len(rejected) and np.array_equal(chosen.content, rejected.content):
             counts["dropped: equal after truncation"] += 1
             return None
@@ -144,7 +145,7 @@ class PairRecipe:
             columns.append(pa.ListArray.from_arrays(ends, ids))
             counts["tokens"] += len(ids)
             if PARTS[number] == "chosen":
-                total = np.cumsum([0, *self.byte_lengths[ids]])
+                total = np.concatenate([[0], np.cumsum(self.byte_lengths[ids])])
                 chosen_bytes = total[ends[1:]] - total[ends[:-1]]
         return pa.record_batch([*columns, pa.array(chosen_bytes)], schema=self.schema)
 

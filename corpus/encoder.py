@@ -25,8 +25,8 @@ from tokenizer import QWEN2_SPLIT, encode_plain
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 SPLITS = {QWEN2_SPLIT, QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")}
 WORTH_IT = 8_000_000  # bytes; to make the encoder of a large vocabulary takes seconds
-# Without any special token tiktoken looks for one at every byte: this takes 0.4 of all time. None is
-# allowed, so that these words, where a text has them, are words like others.
+# Without a special token tiktoken looks for one at every byte, which takes 0.4 of all time. None is
+# allowed: where a text has these words, they are words like others.
 NEVER_SEARCHED = {"<|endoftext|>": 2**31}
 # Settings that change what a byte-level BPE does, with the values at which they change nothing.
 WITHOUT_EFFECT = {

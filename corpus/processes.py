@@ -1,5 +1,6 @@
 """Work on all cores: results come in the order of the work, whoever did it."""
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -70,6 +71,7 @@ def _start(work: Callable):
     """The start of a process of the pool."""
     global _work
     _work = work
+    gc.freeze()  # what the parent made is not looked through for garbage: a tenth of the time
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
     import signal
 
