@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from corpus import cache
 from corpus.chat_format import Renderer, Turn, key_of, total_length, truncate
 from corpus.make_pairs import make_pairs
-from corpus.packing import best_fit
+from corpus.packing import best_fit, row_types
 from corpus.readers import Dropped
 from corpus.records import to_pair
 from engine.report import print_lines
@@ -33,7 +33,7 @@ from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
-CACHE_VERSION = 4  # raise it when the rows made from the same pairs change
+CACHE_VERSION = 5  # raise it when the rows made from the same pairs change
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -61,10 +61,10 @@ def prepare_dpo_data(
         ValueError: bad data, or no pair is left; names the file, the line and the fix.
     """
     cache.check_max_length(max_length)
-    data = cache.Data(data_path or SAMPLE, cache.Options(**options))
-    settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
-    make_recipe = partial(PairRecipe, tokenizer, max_length, data.size)
-    rows, counts = cache.cached_splits("dpo", data, make_recipe, settings)
+    with cache.Data(data_path or SAMPLE, cache.Options(**options)) as data:
+        settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
+        make_recipe = partial(PairRecipe, tokenizer, max_length, data.size)
+        rows, counts = cache.cached_splits("dpo", data, make_recipe, settings)
     if not counts.get("pairs"):
         raise ValueError(f"{data.name}: no pair with two different answers ({counts}).")
     print(
@@ -90,7 +90,8 @@ class PairRecipe:
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.size)
         self.byte_lengths = token_byte_lengths(self.tokenizer)
-        lists = [(f"{name}_ids", pa.list_(pa.uint32())) for name in PARTS]
+        kind = pa.from_numpy_dtype(row_types(len(self.tokenizer), self.max_length)["input_ids"])
+        lists = [(f"{name}_ids", pa.list_(kind)) for name in PARTS]
         self.schema = pa.schema([*lists, ("chosen_bytes", pa.int64())])
 
     def parse(self, record) -> tuple[list[dict], str, str]:
@@ -142,7 +143,8 @@ class PairRecipe:
             arrays = [array for pair in pairs for array in pair[number]]
             ids = np.concatenate([np.empty(0, dtype=np.uint32), *arrays])
             ends = np.cumsum([0, *lengths], dtype=np.int32)
-            columns.append(pa.ListArray.from_arrays(ends, ids))
+            kind = self.schema.field(number).type.value_type
+            columns.append(pa.ListArray.from_arrays(ends, pa.array(ids).cast(kind)))
             counts["tokens"] += len(ids)
             if PARTS[number] == "chosen":
                 total = np.concatenate([[0], np.cumsum(self.byte_lengths[ids])])

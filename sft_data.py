@@ -28,7 +28,7 @@ from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
-CACHE_VERSION = 4  # raise it when the rows made from the same conversations change
+CACHE_VERSION = 5  # raise it when the rows made from the same conversations change
 
 
 def prepare_sft_data(
@@ -54,10 +54,10 @@ def prepare_sft_data(
         ValueError: bad data, or no example with a target; names the file, the line and the fix.
     """
     cache.check_max_length(max_length)
-    data = cache.Data(data_path or SAMPLE, cache.Options(**options))
-    settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
-    make_recipe = partial(ConversationRecipe, tokenizer, max_length, data.size)
-    rows, counts = cache.cached_splits("sft", data, make_recipe, settings)
+    with cache.Data(data_path or SAMPLE, cache.Options(**options)) as data:
+        settings = [tokenizer_identity(tokenizer), max_length, CACHE_VERSION]
+        make_recipe = partial(ConversationRecipe, tokenizer, max_length, data.size)
+        rows, counts = cache.cached_splits("sft", data, make_recipe, settings)
     if not counts.get("conversations"):
         raise ValueError(f"{data.name}: no example with a reply to learn from ({counts}).")
     print(_describe(counts, rows, data.name), flush=True)
@@ -79,7 +79,8 @@ class ConversationRecipe:
     def __post_init__(self):
         self.renderer = Renderer(self.tokenizer, self.size)
         types = row_types(len(self.tokenizer), self.max_length)
-        self.schema = list_schema(types | {"labels": np.int32})
+        labels = np.int16 if len(self.tokenizer) <= np.iinfo(np.int16).max else np.int32
+        self.schema = list_schema(types | {"labels": labels})
 
     def parse(self, record) -> list[dict]:
         messages = to_messages(record)

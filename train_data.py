@@ -72,16 +72,16 @@ def prepare_data(
     """
     if max_seq_len < 8:
         raise ValueError(f"max_seq_len={max_seq_len} must be at least 8 tokens.")
-    data = cache.Data(dataset, cache.Options(**options))
-    recipe = DocumentRecipe(text_column)
-    tokenizer = (
-        create_tokenizer(model_path=tokenizer_path)
-        if tokenizer_path
-        else cached_tokenizer(data, recipe, vocab_size, tokenizer_megabytes)
-    )
-    make_recipe = partial(DocumentRecipe, text_column, tokenizer, max_seq_len, data.size)
-    settings = [text_column, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
-    splits, counts = cache.cached_splits("pretrain", data, make_recipe, settings)
+    with cache.Data(dataset, cache.Options(**options)) as data:
+        recipe = DocumentRecipe(text_column)
+        tokenizer = (
+            create_tokenizer(model_path=tokenizer_path)
+            if tokenizer_path
+            else cached_tokenizer(data, recipe, vocab_size, tokenizer_megabytes)
+        )
+        make_recipe = partial(DocumentRecipe, text_column, tokenizer, max_seq_len, data.size)
+        settings = [text_column, tokenizer_identity(tokenizer), max_seq_len, CACHE_VERSION]
+        splits, counts = cache.cached_splits("pretrain", data, make_recipe, settings)
     splits = _both_splits(splits, data, max_seq_len, counts)
     print(describe(counts, splits, data.name), flush=True)
     return splits, tokenizer

@@ -76,7 +76,8 @@ def prepare_unpacked(config: dict, keep_ends: bool):
     make_recipe = partial(UnpackedRecipe, column, tokenizer, length, data.size, keep_ends)
     # As in prepare_data: the name of the cache folder is a hash of all this.
     settings = [column, tokenizer_identity(tokenizer), length, CACHE_VERSION]
-    cache.cached_splits("pretrain", data, make_recipe, settings)
+    with data:
+        cache.cached_splits("pretrain", data, make_recipe, settings)
 
 
 def run_loop(config: dict) -> dict:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from corpus.choice import Index, choose
 from corpus.preparation import Corpus, Recipe, read_index, write_rows
 from corpus.sources import datasets_of, find_data
-from engine.disk import atomic_folder, cache_lock, settings_hash, write_whole
+from engine.disk import ScratchFolder, atomic_folder, cache_lock, settings_hash, write_whole
 from engine.identity import content_hash
 from tokenizer import token_byte_lengths
 
@@ -52,7 +52,9 @@ def options_of(config: dict) -> dict:
 
 
 class Data:
-    """The files of a stage's dataset, what their bytes are, and what the first reading finds.
+    """The files of a stage's dataset, what their bytes are, and what the first pass finds.
+
+    A context, at whose end what that pass laid aside is deleted.
 
     Args:
         dataset: a file, folder, pattern or a name on the Hub; a list of them; or a dict of them
@@ -76,12 +78,23 @@ class Data:
         self.settings = [hashes, self.weights, limit]  # all that the records depend on
         self.size = self.corpus.stored_bytes()
         self._index: Index | None = None
+        self._aside: ScratchFolder | None = None
 
     def index(self, recipe: Recipe) -> Index:
-        """The first reading, which happens once."""
+        """The first pass, which happens once."""
         if self._index is None:
-            self._index = read_index(self.corpus, recipe)
+            self._aside = ScratchFolder(self.cache_dir, "reading")
+            self._index = read_index(self.corpus, recipe, self._aside.path)
         return self._index
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        """What the first pass laid aside goes."""
+        if self._aside:
+            self._aside.clear()
+        self._index = self._aside = None
 
     def choice(self, recipe: Recipe) -> np.ndarray:
         """What becomes of each record: choice.choose."""

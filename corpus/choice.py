@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import xxhash
@@ -15,15 +16,16 @@ REHASH = np.uint64(0x9E3779B97F4A7C15)  # a product with this odd number is a ha
 
 @dataclass
 class Index:
-    """What the first reading found of the usable records, in their order."""
+    """What the first pass found of the usable records, in their order."""
 
     identities: np.ndarray  # uint64 (records,): equal for duplicates
     questions: np.ndarray  # uint64 (records,): hashes that decide the split
     sizes: np.ndarray  # uint32 (records,): UTF-8 bytes of text
     datasets: np.ndarray  # uint16 (records,)
     per_portion: list[int]  # usable records of each portion
-    read_bytes: int  # of all portions
+    portion_bytes: list[int]
     counts: Counter  # what was read, and what was dropped for which reason
+    aside: Path  # the folder with the items of each portion
 
     def __post_init__(self):
         self.is_first = np.zeros(len(self.identities), dtype=bool)

@@ -1,11 +1,14 @@
-"""Records -> rows of tokens on all cores, in two readings of the data.
+"""Records -> rows of tokens on all cores, in two passes over the data.
 
-The first reading checks every record and keeps two hashes of it. From the hashes follows what is a
-duplicate, what is held out, and what a tokenizer is trained on. The second reading encodes and
-packs. Both work portion by portion, and a portion depends on the files alone: the rows are the same
-to the byte with any number of processes, and memory grows by 20 bytes a record, not by its text.
+The first pass reads and checks every record, keeps two hashes of it in memory, and lays what it
+parsed aside on the disk. From the hashes follows what is a duplicate, what is held out, and what a
+tokenizer is trained on. The second pass takes what was laid aside, encodes and packs it. Both work
+portion by portion, and a portion depends on the files alone: the rows are the same to the byte with
+any number of processes, and memory grows by 20 bytes a record, not by its text.
 """
 
+import itertools
+import marshal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +31,7 @@ from corpus.readers import (
     iter_portions,
     size_of,
 )
+from engine.disk import explain_full_disk
 from engine.progress import Progress
 
 CHANGED = "the file was changed while it was read. Run the same command again."
@@ -40,7 +44,10 @@ class Recipe(Protocol):
     schema: pa.Schema
 
     def parse(self, record) -> Any:
-        """The item of a record. Raises Dropped where it is of no use, FormatError where broken."""
+        """The item of a record, made of Python's plain types.
+
+        Raises Dropped where it is of no use, FormatError where it is broken.
+        """
 
     def identity(self, item) -> str:
         """A text that only duplicates share."""
@@ -60,12 +67,21 @@ class Recipe(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """What a process gets to do: a portion of records, and what is to become of each usable one."""
+    """A portion of records, for a process to read."""
 
+    number: int
     dataset: int
     position: int  # bytes of all files, as they are stored, up to the end of this portion
     portion: Portion
-    choice: np.ndarray | None = None  # uint8 (usable records,): LEAVE_OUT, TRAIN or VALIDATION
+
+
+@dataclass(frozen=True)
+class ChosenTask:
+    """The items of a portion, as the first pass laid them aside, for a process to encode."""
+
+    items: Path
+    choice: np.ndarray  # uint8 (items,): LEAVE_OUT, TRAIN or VALIDATION
+    size: int  # bytes of the portion
 
 
 @dataclass
@@ -86,11 +102,11 @@ class Corpus:
 
     def tasks(self) -> Iterator[Task]:
         """All that is read, in order. Raises ValueError for a file that has changed since."""
-        before = 0
-        for number, (files, _) in enumerate(self.datasets):
+        before, numbers = 0, itertools.count()
+        for dataset, (files, _) in enumerate(self.datasets):
             for portion in self._portions(files):
                 self._check([portion.path])
-                yield Task(number, before + portion.position, portion)
+                yield Task(next(numbers), dataset, before + portion.position, portion)
             self._check(files)
             before += sum(path.stat().st_size for path in files)
 
@@ -117,7 +133,7 @@ class Corpus:
         sizes = [sum(path.stat().st_size for path in files) for files, _ in self.datasets]
         return sum(min(size, self.max_bytes or size) for size in sizes)
 
-    def map(self, work, tasks: Iterator[Task]) -> Iterator[Any]:
+    def map(self, work, tasks: Iterator) -> Iterator[Any]:
         """work(task) of each task in order. A process pays from its second portion on."""
         worth = max(1, self.stored_bytes() // PORTION)
         return map_in_order(work, tasks, min(self.num_proc or count_cores(), worth))
@@ -134,33 +150,41 @@ def _cut(portion: Portion, size: int) -> Portion:
     return replace(portion, content=portion.content[:count], size=int(sizes[:count][-1]))
 
 
-def read_index(corpus: Corpus, recipe: Recipe) -> Index:
-    """The first reading. Raises ValueError for the first broken record, with its file and line."""
+def read_index(corpus: Corpus, recipe: Recipe, aside: Path) -> Index:
+    """The first pass. Raises ValueError for the first broken record, with its file and line.
+
+    aside: an empty folder for the items; they take about as much of the disk as their text.
+    """
     parts: list[list] = []
     counts: Counter = Counter()
-    read_bytes = 0
+    portion_bytes = []
+    examine = partial(_examine, recipe, aside)
     with Progress("Reading", corpus.stored_bytes()) as progress:
-        for *part, found, size, position in corpus.map(partial(_examine, recipe), corpus.tasks()):
+        for *part, found, size, position in corpus.map(examine, corpus.tasks()):
             parts.append(part)
             counts.update(found)
-            read_bytes += size
+            portion_bytes.append(size)
             progress.reach(position)
     empty = [np.empty(0, dtype=kind) for kind in KINDS]
     identities, questions, sizes, datasets = map(np.concatenate, zip(empty, *parts, strict=True))
     per_portion = [len(part[0]) for part in parts]
-    return Index(identities, questions, sizes, datasets, per_portion, read_bytes, counts)
+    return Index(identities, questions, sizes, datasets, per_portion, portion_bytes, counts, aside)
 
 
-def _examine(recipe: Recipe, task: Task) -> tuple:
+def _examine(recipe: Recipe, aside: Path, task: Task) -> tuple:
     """In a process: the columns of Index for one portion, what it drops, its size, its position."""
     identities, questions, sizes = [], [], []
     counts: Counter = Counter()
-    for item in usable_items(recipe.parse, task.portion, counts):
+    items = list(usable_items(recipe.parse, task.portion, counts))
+    for item in items:
         text = recipe.identity(item).encode()
         question = recipe.question(item)
         identities.append(xxhash.xxh3_64_intdigest(text))
         questions.append(question_hash(question))
         sizes.append(len(text))
+    path = aside / f"{task.number}"
+    with explain_full_disk(path), open(path, "wb") as out:
+        marshal.dump(items, out)
     columns = (identities, questions, sizes, [task.dataset] * len(sizes))
     arrays = [np.array(column, dtype=kind) for column, kind in zip(columns, KINDS, strict=True)]
     return *arrays, counts, task.portion.size, task.position
@@ -178,25 +202,23 @@ def usable_items(parse: Callable, portion: Portion, counts: Counter) -> Iterator
             raise input_error(portion.path, line, f"{error}.") from error
 
 
-# --- the second reading ---------------------------------------------------------------------------
+# --- the second pass ------------------------------------------------------------------------------
 
 
-def chosen_tasks(corpus: Corpus, index: Index, choice: np.ndarray) -> Iterator[Task]:
-    """The tasks that hold chosen records, each with its part of the choice."""
+def chosen_tasks(index: Index, choice: np.ndarray) -> Iterator[ChosenTask]:
+    """The portions that hold chosen records, each with its part of the choice."""
     start = 0
-    for task, count in zip(corpus.tasks(), index.per_portion, strict=True):
-        part = choice[start : start + count]
-        start += count
+    for number, records in enumerate(index.per_portion):
+        part = choice[start : start + records]
+        start += records
         if part.any():
-            yield replace(task, choice=part)
+            yield ChosenTask(index.aside / f"{number}", part, index.portion_bytes[number])
 
 
-def chosen_items(recipe: Recipe, task: Task) -> list[tuple[int, Any]]:
-    """In a process: (choice, item) of the chosen records of a task."""
-    assert task.choice is not None
-    items = list(usable_items(recipe.parse, task.portion, Counter()))
-    if len(items) != len(task.choice):
-        raise input_error(task.portion.path, None, CHANGED)
+def chosen_items(task: ChosenTask) -> list[tuple[int, Any]]:
+    """In a process: (choice, item) of the chosen records of a portion."""
+    with open(task.items, "rb") as stored:
+        items = marshal.load(stored)
     return [(int(c), i) for c, i in zip(task.choice, items, strict=True) if c]
 
 
@@ -204,25 +226,25 @@ def chosen_texts(
     corpus: Corpus, recipe: Recipe, index: Index, choice: np.ndarray, progress: Progress
 ) -> Iterator[str]:
     """The texts of the chosen records, for the training of a tokenizer."""
-    tasks = chosen_tasks(corpus, index, choice)
+    tasks = chosen_tasks(index, choice)
     for texts in corpus.map(partial(_identities, recipe), tasks):
         for text in texts:
             yield text
             progress.add(len(text.encode()))
 
 
-def _identities(recipe: Recipe, task: Task) -> list[str]:
-    return [recipe.identity(item) for _, item in chosen_items(recipe, task)]
+def _identities(recipe: Recipe, task: ChosenTask) -> list[str]:
+    return [recipe.identity(item) for _, item in chosen_items(task)]
 
 
 def write_rows(
     folder: Path, corpus: Corpus, recipe: Recipe, index: Index, choice: np.ndarray, tokens: int
 ) -> Counter:
-    """The second reading: train.arrow and validation.arrow, of at most so many `tokens`."""
+    """The second pass: train.arrow and validation.arrow, of at most so many `tokens`."""
     counts, held_out = Counter(index.counts), []
-    tasks = chosen_tasks(corpus, index, choice)
+    tasks = chosen_tasks(index, choice)
     with (
-        Progress("Tokenizing", index.read_bytes) as progress,
+        Progress("Tokenizing", sum(index.portion_bytes)) as progress,
         pa.ipc.new_stream(str(folder / "train.arrow"), recipe.schema) as stream,
     ):
         for rows, examples, found, size in corpus.map(partial(_make_rows, recipe), tasks):
@@ -238,10 +260,10 @@ def write_rows(
     return counts
 
 
-def _make_rows(recipe: Recipe, task: Task) -> tuple:
+def _make_rows(recipe: Recipe, task: ChosenTask) -> tuple:
     """In a process: training rows, (question's hash, example) of what is held out, counts, size."""
     counts: Counter = Counter()
-    choices, items = zip(*chosen_items(recipe, task), strict=True)
+    choices, items = zip(*chosen_items(task), strict=True)
     examples = recipe.encode(list(items), counts)
     chosen = [c for c in zip(choices, items, examples, strict=True) if c[2] is not None]
     training = [example for choice, _, example in chosen if choice == TRAIN]
@@ -250,7 +272,7 @@ def _make_rows(recipe: Recipe, task: Task) -> tuple:
         for choice, item, example in chosen
         if choice == VALIDATION
     ]
-    return recipe.pack(training, counts), held_out, counts, task.portion.size
+    return recipe.pack(training, counts), held_out, counts, task.size
 
 
 def _up_to(held_out: list[tuple[int, Any]], recipe: Recipe, tokens: int) -> list:

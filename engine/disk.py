@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,6 +43,26 @@ def cache_lock(cache: Path) -> FileLock:
     """Hold it while a folder of the cache is made: another run that needs the folder waits."""
     cache.mkdir(parents=True, exist_ok=True)
     return FileLock(cache / ".lock")
+
+
+class ScratchFolder:
+    """A folder under the cache that one command uses. clear() deletes it.
+
+    What a killed command left is deleted with the next one: its lock went with it.
+    """
+
+    def __init__(self, cache: Path, name: str):
+        for folder in cache.glob(f"{name}-*"):
+            with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+                shutil.rmtree(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+        self.lock = FileLock(self.path / ".lock")
+        self.lock.acquire()
+
+    def clear(self):
+        self.lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str):

@@ -51,8 +51,9 @@ def index_of(identities, questions=None, sizes=None, datasets=None) -> Index:
         np.array([30] * count if sizes is None else sizes, dtype=np.uint32),
         np.array([0] * count if datasets is None else datasets, dtype=np.uint16),
         per_portion=[count],
-        read_bytes=0,
+        portion_bytes=[0],
         counts=Counter(),
+        aside=Path(),
     )
 
 

@@ -38,7 +38,8 @@ def data_of(folder: Path, texts: list[str], **options) -> Data:
 
 def split_texts(folder: Path, texts: list[str], **options) -> dict[str, list[str]]:
     """The texts of each split."""
-    rows, counts = cached_splits("sft", data_of(folder, texts, **options), TextRecipe, [])
+    with data_of(folder, texts, **options) as data:
+        rows, counts = cached_splits("sft", data, TextRecipe, [])
     assert counts["read"] == len(texts)
     assert counts["texts"] == len(set(texts))
     return {name: list(rows[name]["text"]) for name in SPLITS}
@@ -165,15 +166,15 @@ def test_a_recipe_that_dies_leaves_no_half_cache_and_the_next_call_works(tmp_pat
         def pack(self, texts, counts):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        cached_splits("sft", data_of(tmp_path, TEXTS), Dying, [])
+    with pytest.raises(KeyboardInterrupt), data_of(tmp_path, TEXTS) as data:
+        cached_splits("sft", data, Dying, [])
     assert folders(tmp_path / "cache") == []
     splits = split_texts(tmp_path, TEXTS)
     assert sorted(splits["train"] + splits["validation"]) == sorted(TEXTS)
     assert len(folders(tmp_path / "cache")) == 1
 
 
-def test_the_first_reading_happens_once(tmp_path):
+def test_the_first_pass_happens_once(tmp_path):
     data = data_of(tmp_path, TEXTS)
     index = data.index(TextRecipe())
     (tmp_path / "a.jsonl").unlink()

@@ -1,8 +1,7 @@
-"""The two readings: the same bytes from any number of processes, and what becomes of a record."""
+"""The two passes: the same bytes from any number of processes, and what becomes of a record."""
 
 import gzip
 import json
-import os
 import tracemalloc
 from pathlib import Path
 
@@ -120,7 +119,7 @@ def test_each_dataset_has_the_limit_for_itself(tmp_path):
     size = len('{"text": "a000"}\n')
     names = [str(folder / f"{name}.jsonl") for name in "ab"]
     data = Data(names, Options(cache_dir=tmp_path, max_dataset_bytes=10 * size))
-    assert read_index(data.corpus, TextRecipe()).datasets.tolist() == [0] * 10 + [1] * 10
+    assert read_index(data.corpus, TextRecipe(), tmp_path).datasets.tolist() == [0] * 10 + [1] * 10
     assert data.size == 20 * size
 
 
@@ -137,9 +136,9 @@ def test_nothing_behind_the_limit_is_looked_at(tmp_path, name, num_proc):
         path.write_bytes(path.read_bytes().removesuffix(b"\n]") + b"\n" + broken)
     options = {"cache_dir": tmp_path, "num_proc": num_proc}
     with pytest.raises(ValueError, match=f"{name}:\\d+: (not UTF-8|the archive)"):
-        read_index(Data(str(path), Options(**options)).corpus, TextRecipe())
+        read_index(Data(str(path), Options(**options)).corpus, TextRecipe(), tmp_path)
     data = Data(str(path), Options(max_dataset_bytes=1500, **options))
-    assert 50 < read_index(data.corpus, TextRecipe()).counts["read"] < 300
+    assert 50 < read_index(data.corpus, TextRecipe(), tmp_path).counts["read"] < 300
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def test_the_first_broken_record_in_the_order_of_the_files_is_the_error(tmp_path
     for name, line in (("a", 1201), ("b", 1), ("c", 1), ("d", 1)):
         corpus = Corpus([(sorted(folder.iterdir()), None)], num_proc=num_proc)
         with pytest.raises(ValueError, match=rf"{name}\.jsonl[.gz]*:{line}: "):
-            read_index(corpus, TextRecipe())
+            read_index(corpus, TextRecipe(), tmp_path)
         next(folder.glob(f"{name}.*")).unlink()
         write_records(folder / f"{name}.jsonl", fast)
 
@@ -186,28 +185,46 @@ def rewrite(path: Path, change):
     ],
     ids=["a line less", "a line more", "another order", "empty", "more portions"],
 )
-@pytest.mark.parametrize("is_needed", [True, False], ids=["needed", "left out"])
-def test_a_file_that_changes_between_the_two_readings_is_an_error(tmp_path, change, is_needed):
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, change):
     folder = text_corpus(tmp_path / "data", a=list("abc"), b=[f"{n}" * 99 for n in range(900)])
-    data = Data(str(folder), Options(cache_dir=tmp_path))
-    index, choice = data.index(TextRecipe()), data.choice(TextRecipe())
-    choice[3:] *= is_needed
-    write_rows(tmp_path, data.corpus, TextRecipe(), index, choice, 100)
+    tasks = Corpus([(sorted(folder.iterdir()), None)]).tasks()
+    assert next(tasks).portion.path.name == "a.jsonl"
     rewrite(folder / "b.jsonl", change)
     with pytest.raises(ValueError, match=r"b\.jsonl: the file was changed while it was read"):
+        list(tasks)
+
+
+def test_what_was_read_once_is_not_read_again(tmp_path):
+    folder = text_corpus(tmp_path / "data", a=list("abc"), b=[f"{n}" * 99 for n in range(900)])
+    with Data(str(folder), Options(cache_dir=tmp_path)) as data:
+        index, choice = data.index(TextRecipe()), data.choice(TextRecipe())
         write_rows(tmp_path, data.corpus, TextRecipe(), index, choice, 100)
+        before = [(tmp_path / name).read_bytes() for name in FILES[:2]]
+        rewrite(folder / "b.jsonl", lambda lines: [])
+        write_rows(tmp_path, data.corpus, TextRecipe(), index, choice, 100)
+    assert [(tmp_path / name).read_bytes() for name in FILES[:2]] == before
+    assert not list(tmp_path.glob("reading-*"))
 
 
-def test_other_records_are_an_error_though_size_and_date_of_the_file_are_the_same(tmp_path):
-    folder = text_corpus(tmp_path / "data", a=["a", "b", "c"])
-    path = folder / "a.jsonl"
+def test_what_a_killed_command_laid_aside_goes_with_the_next_one(tmp_path):
+    folder = text_corpus(tmp_path / "data", a=list("abc"))
+    left = tmp_path / "reading-killed"
+    left.mkdir()
+    (left / ".lock").touch()
+    (left / "0").write_bytes(b"items")
     data = Data(str(folder), Options(cache_dir=tmp_path))
-    index, choice = data.index(TextRecipe()), data.choice(TextRecipe())
-    status = path.stat()
-    path.write_text(path.read_text().replace('{"text": "b"}', " " * 13))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(ValueError, match=r"a\.jsonl: the file was changed while it was read"):
-        write_rows(tmp_path, data.corpus, TextRecipe(), index, choice, 100)
+    data.index(TextRecipe())
+    assert not left.exists()
+    with Data(str(folder), Options(cache_dir=tmp_path)) as other:
+        other.index(TextRecipe())
+        assert len(list(tmp_path.glob("reading-*"))) == 2, "what is in use stays"
+    with data:
+        assert list(tmp_path.glob("reading-*/0"))
+    assert not list(tmp_path.glob("reading-*")), "nor does anything stay after the end"
+    write_records(folder / "b.jsonl", [3])
+    with pytest.raises(ValueError, match=r"b.jsonl:1"):
+        prepare_data(None, str(folder), 64, 300, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("reading-*")), "nor after an error"
 
 
 # --- memory -------------------------------------------------------------------------------------
@@ -240,7 +257,7 @@ def test_the_first_reading_keeps_some_bytes_of_a_record_and_not_its_text(
         corpus = Corpus([([path], None)], num_proc=1)
         tracemalloc.start()
         try:
-            index = read_index(corpus, recipe)
+            index = read_index(corpus, recipe, tmp_path)
             peaks[count] = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
