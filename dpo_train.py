@@ -15,6 +15,7 @@ from corpus import cache
 from corpus.chat_format import as_prompt
 from dpo_data import prepare_dpo_data
 from engine import (
+    cadence,
     checkpoint,
     evaluation,
     guards,
@@ -32,7 +33,6 @@ from engine import (
 from models import CustomLLMConfig
 from tokenizer import IM_END, create_tokenizer
 
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
 wandb_config = {
     # model
     "init_from": None,  # policy: any Qwen3-architecture folder; None: the newest fine-tuned model
@@ -73,10 +73,10 @@ wandb_config = {
     "device": "auto",  # the GPU where there is one; "cpu": leave it alone
     # run
     "output_dir": "checkpoints",  # everything that a run writes is under it
-    "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
-    "eval_every": 20,  # validation
-    "sample_every": 40,  # generated samples
-    "save_every": 40,  # checkpoints
+    "log_every": "auto",  # steps, as the three below; "auto": engine/cadence.py; 0: at the end
+    "eval_every": "auto",  # validation
+    "sample_every": "auto",  # generated samples
+    "save_every": "auto",  # checkpoints
     "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
     "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }
@@ -111,7 +111,7 @@ def train_dpo(
     """
     # 1. Configuration, device, precision
     config = settings.resolve(DEFAULTS, wandb_config)
-    check_loss_options(config)
+    preference.check_loss_options(config)
     config["dataset"] = data_path or config["dataset"]
     rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
     before = config["init_from"] or runs.find_final(config["output_dir"], "sft")
@@ -162,7 +162,8 @@ def train_dpo(
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
-    validation = steps.validation_loader(splits["validation"], collate, config, rt)
+    held_out = cadence.affordable(splits["validation"], config, loader)
+    validation = steps.validation_loader(held_out, collate, config, rt)
     losses = partial(pair_losses, config=config)
 
     # 7. Tracking, and what is about to happen
@@ -196,8 +197,7 @@ def train_dpo(
             finite.note(step, grad_norm)
             log.count(num_tokens)
 
-            stopping = rt.any(stop.received is not None)
-            due = steps.due(config, step, loader.total_steps, stopping)
+            due = log.due(step, stop.received is not None)
             if due.log:
                 metrics = preference.pair_metrics(totals, rt) | rates | report.scaler_metrics(rt)
                 metrics["train/loss"] = metrics.pop("loss")
@@ -206,21 +206,23 @@ def train_dpo(
                 finite.check(metrics["train/loss"], step)
                 log.train(metrics, step, preference.reward_line(metrics))
             val_loss = None
-            with log.paused():  # what follows does not count in tokens per second
-                if due.eval:
+            if due.eval:
+                with log.paused("eval"):  # this does not count in tokens per second
                     metrics = preference.validate(scorer, validation, rt, losses)
                     val_loss = metrics["val/loss"]
                     finite.check(val_loss, step)
                     log.validation(metrics, step)
                     due.save |= collapse.check(metrics)
-                if due.sample:
+            if due.sample:
+                with log.paused("sample"):
                     samples = evaluation.sample(model, tokenizer, prompts, rt)
                     log.samples(SAMPLE_PROMPTS, samples, step)
-                if due.save:
+            if due.save:
+                with log.paused("save"):
                     state = {"step": step, "val_loss": val_loss, "data_fingerprint": fingerprint}
                     state |= log.state() | collapse.state()
                     checkpoint.save(run, model, optimizers, rt, state, config)
-            if stopping and step < loader.total_steps:
+            if due.stop and step < loader.total_steps:
                 log.finish()
                 runs.say_how_to_resume(run, stop, rt)
                 raise SystemExit(0)
@@ -303,7 +305,8 @@ def preference_losses(
     elif loss_type == "hinge":
         losses = F.relu(1 - beta * margin)
     else:
-        raise ValueError(f"loss_type={loss_type!r} must be one of {', '.join(LOSS_TYPES)}.")
+        known = ", ".join(preference.LOSS_TYPES)
+        raise ValueError(f"loss_type={loss_type!r} must be one of {known}.")
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
@@ -325,21 +328,6 @@ def dpo_loss(
         **options,
     )
     return losses.mean(), chosen_rewards, rejected_rewards
-
-
-def check_loss_options(config: dict):
-    """Raises ValueError listing every option that cannot be."""
-    problems = []
-    if config["loss_type"] not in LOSS_TYPES:
-        problems.append(f"loss_type={config['loss_type']!r} must be one of {', '.join(LOSS_TYPES)}")
-    if config["beta"] <= 0:
-        problems.append(f"beta={config['beta']} must be above 0")
-    if not 0 <= config["label_smoothing"] < 0.5:
-        problems.append(f"label_smoothing={config['label_smoothing']} must be in [0, 0.5)")
-    elif config["label_smoothing"] and config["loss_type"] != "sigmoid":
-        problems.append('label_smoothing needs loss_type "sigmoid"')
-    if problems:
-        raise ValueError("wandb_config: " + "; ".join(problems) + ".")
 
 
 def main():

@@ -11,6 +11,7 @@ from functools import partial
 from corpus import cache
 from corpus.packing import PackedCollator
 from engine import (
+    cadence,
     checkpoint,
     evaluation,
     guards,
@@ -72,10 +73,10 @@ wandb_config = {
     # run
     "init_from": None,  # continue from this model folder instead of random weights
     "output_dir": "checkpoints",  # everything that a run writes is under it
-    "log_every": 1,  # steps, as the three below; also after the last step; 0: only then
-    "eval_every": 40,  # validation
-    "sample_every": 80,  # generated samples
-    "save_every": 80,  # checkpoints
+    "log_every": "auto",  # steps, as the three below; "auto": engine/cadence.py; 0: at the end
+    "eval_every": "auto",  # validation
+    "sample_every": "auto",  # generated samples
+    "save_every": "auto",  # checkpoints
     "keep_checkpoints": 2,  # how many of the newest stay; the best one stays too
     "resume": "auto",  # continue an unfinished run of this configuration; False: never
 }
@@ -148,8 +149,9 @@ def train(
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
-    validation = steps.validation_loader(splits["validation"], collate, config, rt)
-    validation_bytes = cache.target_bytes(splits["validation"], tokenizer)
+    held_out = cadence.affordable(splits["validation"], config, loader)
+    validation = steps.validation_loader(held_out, collate, config, rt)
+    validation_bytes = cache.target_bytes(held_out, tokenizer)
 
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
@@ -175,8 +177,7 @@ def train(
             finite.note(step, grad_norm)
             log.count(num_tokens)
 
-            stopping = rt.any(stop.received is not None)
-            due = steps.due(config, step, loader.total_steps, stopping)
+            due = log.due(step, stop.received is not None)
             if due.log:
                 metrics = report.step_metrics(totals, num_tokens, rt) | rates
                 metrics["train/grad_norm"] = float(grad_norm)
@@ -184,19 +185,21 @@ def train(
                 finite.check(metrics["train/loss"], step)
                 log.train(metrics, step)
             val_loss = None
-            with log.paused():  # what follows does not count in tokens per second
-                if due.eval:
+            if due.eval:
+                with log.paused("eval"):  # this does not count in tokens per second
                     metrics = evaluation.validate(model, validation, validation_bytes, rt)
                     val_loss = metrics["val/loss"]
                     finite.check(val_loss, step)
                     log.validation(metrics, step)
-                if due.sample:
+            if due.sample:
+                with log.paused("sample"):
                     samples = evaluation.sample(model, tokenizer, prompts, rt)
                     log.samples(SAMPLE_PROMPTS, samples, step)
-                if due.save:
+            if due.save:
+                with log.paused("save"):
                     state = {"step": step, "val_loss": val_loss, "data_fingerprint": fingerprint}
                     checkpoint.save(run, model, optimizers, rt, state | log.state(), config)
-            if stopping and step < loader.total_steps:
+            if due.stop and step < loader.total_steps:
                 log.finish()
                 runs.say_how_to_resume(run, stop, rt)
                 raise SystemExit(0)

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections import Counter
 
 import psutil
 import torch
@@ -52,14 +53,29 @@ class Meter:
 
     def start(self):
         self.started, self._paused = time.perf_counter(), 0.0
+        self.spent: Counter = Counter()  # seconds of each kind of pause
+        self.last_cost: dict[str, float] = {}  # seconds of the last pause of each kind
         self._mark = (self.started, self.tokens_seen)
 
     @contextlib.contextmanager
-    def paused(self):
-        """Time that does not count in the tokens per second: validation, samples, saving."""
+    def paused(self, kind: str):
+        """Time that does not count in the tokens per second. kind: "eval", "sample" or "save"."""
         started = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._paused += seconds
+        self.spent[kind] += seconds
+        self.last_cost[kind] = seconds
+
+    def shares(self) -> str:
+        """Where the time since start() went."""
+        whole = time.perf_counter() - self.started
+        looking = self.spent["eval"] + self.spent["sample"]
+        saving = self.spent["save"]
+        return (
+            f"{(whole - looking - saving) / whole:.1%} training, {looking / whole:.1%} validation "
+            f"and samples, {saving / whole:.1%} saves"
+        )
 
     def read(self, step: int) -> dict:
         """Metrics since the last call. Called at log steps only, after the GPU was waited for."""

@@ -18,6 +18,7 @@ from engine.progress import Progress, track
 from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.steps import sum_counts
 
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")  # of dpo_train.preference_losses
 PAIR_METRICS = (
     "loss",
     "rewards/chosen",
@@ -27,6 +28,21 @@ PAIR_METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
+
+
+def check_loss_options(config: dict):
+    """Raises ValueError listing every option that cannot be."""
+    problems = []
+    if config["loss_type"] not in LOSS_TYPES:
+        problems.append(f"loss_type={config['loss_type']!r} must be one of {', '.join(LOSS_TYPES)}")
+    if config["beta"] <= 0:
+        problems.append(f"beta={config['beta']} must be above 0")
+    if not 0 <= config["label_smoothing"] < 0.5:
+        problems.append(f"label_smoothing={config['label_smoothing']} must be in [0, 0.5)")
+    elif config["label_smoothing"] and config["loss_type"] != "sigmoid":
+        problems.append('label_smoothing needs loss_type "sigmoid"')
+    if problems:
+        raise ValueError("wandb_config: " + "; ".join(problems) + ".")
 
 
 class AnswerScorer(nn.Module):

@@ -6,6 +6,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from engine.cadence import Cadence
 from engine.meter import Meter, active_parameters, log_line
 from engine.plots import plot_curves
 from engine.runtime import Runtime
@@ -26,16 +27,21 @@ class Log:
         self.tracker = Tracker(run, project_name, config) if rt.is_main else None
         self.meter = Meter(model, loader.start_step, loader.total_steps, tokens, rt.device)
         self.paused = self.meter.paused
+        self.cadence = Cadence(config, loader, self.meter, rt)
+        self.due = self.cadence.due
 
     def __enter__(self):
         hidden = not (self.rt.is_main and sys.stderr.isatty())
         start, total = self.meter.start_step, self.total_steps
         self.bar = tqdm(total=total, initial=start, disable=hidden, unit="step")
+        for line in self.cadence.describe():
+            self.rt.say(line)
         self.meter.start()
         return self
 
     def __exit__(self, *exception):
         self.bar.close()
+        self.rt.say(f"Time of the loop: {self.meter.shares()}.")
 
     def count(self, num_tokens: int):
         """A step has ended."""

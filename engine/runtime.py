@@ -96,6 +96,12 @@ class Runtime:
             return flag
         return bool(self.sum(torch.tensor(int(flag), device=self.device)))
 
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """any() of each flag, at once."""
+        if self.world == 1:
+            return flags
+        return (self.sum(torch.tensor(flags, dtype=torch.int32, device=self.device)) > 0).tolist()
+
     def all(self, flag: bool) -> bool:
         return not self.any(not flag)
 

@@ -32,6 +32,8 @@ AT_MOST |= {"num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
 # Keys that may be None, with an example of another value.
 OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
 OPTIONAL |= {"text_column": "", "num_proc": 1, "max_dataset_bytes": 1.0}  # 2e9 is no int
+# Keys that may be "auto", with an example of another value.
+AUTO = dict.fromkeys(("batch_size", "log_every", "eval_every", "sample_every", "save_every"), 1)
 DATASETS = ("dataset", "pretrain_dataset")  # one name, a list of names, or {name: share}
 
 
@@ -64,8 +66,10 @@ def find_problem(key: str, value, default) -> str | None:
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             return f"{key}={shorten(value)} must be one of {', '.join(map(repr, allowed))}"
         return None
-    if key == "batch_size" and value == "auto":
-        return None
+    if key in AUTO:
+        if value == "auto":
+            return None
+        default = AUTO[key]
     if key in DATASETS and isinstance(value, dict | list | tuple):
         rule = _broken_datasets_rule(value)
         return f"{key}={shorten(value)} must be {rule}" if rule else None
@@ -80,6 +84,8 @@ def find_problem(key: str, value, default) -> str | None:
         rule = _broken_number_rule(key, value, isinstance(default, int))
     elif isinstance(default, str):
         rule = _broken_text_rule(value)
+    if rule and key in AUTO:
+        rule = f'"auto" or {rule}'
     return f"{key}={shorten(value)} must be {rule}" if rule else None
 
 
@@ -161,7 +167,7 @@ def own_arguments(stage_function) -> list[str]:
 
 
 def _reader(key: str, default):
-    keep_text = isinstance(default, str) and key not in CHOICES
+    keep_text = isinstance(default, str) and key not in CHOICES and key not in AUTO
 
     def read(text: str):
         if key in DATASETS:

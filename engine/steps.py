@@ -1,8 +1,7 @@
-"""The steps of a run: which rows each one trains on, in which order, and what happens after it."""
+"""The steps of a run: which rows each one trains on, and in which order."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -133,27 +132,3 @@ def output_sums(output, batch: dict) -> dict[str, torch.Tensor]:
         sums["aux_loss"] = output.aux_loss.detach() * tokens
         sums["expert_load"] = output.expert_load * tokens  # (layers, experts)
     return sums
-
-
-@dataclass
-class Due:
-    """What happens after a step."""
-
-    log: bool
-    eval: bool
-    sample: bool
-    save: bool
-
-
-def due(config: dict, step: int, total_steps: int, stopping: bool) -> Due:
-    """Each thing happens every so many steps, 0 meaning never, and after the last step.
-
-    A run that stops saves. No checkpoint is saved before its loss has been looked at.
-    """
-
-    def is_due(every: int) -> bool:
-        return step == total_steps or (every > 0 and step % every == 0)
-
-    saves = stopping or is_due(config["save_every"])
-    logs = saves or is_due(config["log_every"])
-    return Due(logs, is_due(config["eval_every"]), is_due(config["sample_every"]), saves)

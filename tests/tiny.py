@@ -28,6 +28,7 @@ LOOP = {
     "num_workers": 0,
     "optimizer": "adamw",
     "mixed_precision": "no",
+    "log_every": 1,
     "eval_every": 4,
     "save_every": 4,
     "sample_every": 0,

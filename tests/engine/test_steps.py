@@ -137,20 +137,6 @@ def test_the_sums_of_a_micro_batch_keep_no_graph():
         assert ("expert_load" in sums) == model.config.use_moe
 
 
-def test_things_are_due_every_so_many_steps_and_all_at_the_end():
-    every = {"log_every": 1, "eval_every": 2, "sample_every": 0, "save_every": 3}
-
-    def names(step, stopping=False):
-        return [name for name, is_it in vars(due(every, step, 10, stopping)).items() if is_it]
-
-    assert names(1) == ["log"]
-    assert names(6) == ["log", "eval", "save"]
-    assert names(10) == ["log", "eval", "sample", "save"]
-    assert names(1, stopping=True) == ["log", "save"]
-    every["log_every"] = 0
-    assert names(3) == ["log", "save"], "no checkpoint whose loss nobody looked at"
-
-
 @pytest.mark.parametrize(
     ("rows", "world"), [(0, 2), (1, 2), (7, 1), (7, 2), (8, 2), (9, 2), (13, 3)]
 )

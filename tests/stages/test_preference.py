@@ -8,8 +8,8 @@ from datasets import Dataset
 from tiny import cpu_runtime, tiny_model
 
 from dpo_data import PairCollator
-from dpo_train import check_loss_options, dpo_loss, pair_losses, preference_losses
-from engine.preference import AnswerScorer, pair_metrics, reference_logps
+from dpo_train import dpo_loss, pair_losses, preference_losses
+from engine.preference import AnswerScorer, check_loss_options, pair_metrics, reference_logps
 
 OPTIONS = {"beta": 0.1, "loss_type": "sigmoid", "label_smoothing": 0.0, "rpo_alpha": 0.0}
 OPTIONS |= {"length_normalized": False}

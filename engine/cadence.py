@@ -1,0 +1,146 @@
+"""How often a run logs, validates, samples and saves. Numbers are steps, "auto" is a share of time.
+
+Nobody knows beforehand what a validation costs on a card, or a save on a disk: both are measured
+while the run goes on, and what comes next waits until the time that has passed pays for it. Nothing
+here touches what is trained: two runs of one configuration may look at themselves at other steps.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from engine.meter import Meter
+from engine.runtime import Runtime
+from engine.steps import StepLoader
+
+AUTO = "auto"
+LOOKING = 0.05  # of the time so far may go to validation and samples
+SAVING = 0.02  # of the time may go to saves
+VALIDATIONS, SAMPLES = 50, 10  # in a long run, where the time pays for them
+AT_LEAST = 4  # validations in a run, also where it does not
+# A validation's rows, as a share of those that are trained on. A forward costs a third of a step:
+# the first one and AT_LEAST more take 4 % of the time.
+VALIDATION_ROWS = 0.024
+LOG_STEPS, LOG_SECONDS = 10, 3.0  # between two lines, whichever is longer
+SAVE_SECONDS = 15 * 60.0  # between two saves, at most
+
+
+@dataclass
+class Due:
+    """What happens after a step."""
+
+    log: bool
+    eval: bool
+    sample: bool
+    save: bool
+    stop: bool  # a signal asked for it: the run saves and ends
+
+
+class Cadence:
+    """Decides after each step what happens.
+
+    meter: measures what "eval", "sample" and "save" cost, by Meter.paused.
+    clock: seconds.
+    """
+
+    def __init__(
+        self,
+        config: dict,
+        loader: StepLoader,
+        meter: Meter,
+        rt: Runtime,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        self.every = {name: config[f"{name}_every"] for name in ("log", "eval", "sample", "save")}
+        self.total, self.start = loader.total_steps, loader.start_step
+        self.meter, self.rt, self.clock = meter, rt, clock
+        self.last_log = (self.start, -math.inf)  # step, time
+        self.saved: float | None = None
+
+    def due(self, step: int, stop: bool) -> Due:
+        """What happens after a step. All ranks must call it; the first one's clock decides.
+
+        Everything happens after the last step. A run that stops saves. No checkpoint is saved
+        before its loss has been looked at.
+        """
+        names = ("eval", "sample", "save", "log")
+        here = [stop, *(self._is_due(name, step) for name in names)]
+        stop, evaluate, sample, save, log = self.rt.any_of(here)
+        is_last = step == self.total
+        save = save or stop or is_last
+        log = log or save
+        if log:
+            self.last_log = (step, self.clock())
+        if save:
+            self.saved = self.clock()
+        return Due(log, evaluate or is_last, sample or is_last, save, stop)
+
+    def _is_due(self, name: str, step: int) -> bool:
+        every = self.every[name]
+        if every != AUTO:
+            return every > 0 and step % every == 0
+        auto = {"log": self._log, "eval": self._eval, "sample": self._sample, "save": self._save}
+        return self.rt.is_main and auto[name](step)
+
+    def _log(self, step: int) -> bool:
+        last_step, last_time = self.last_log
+        is_first = last_time == -math.inf
+        waited = step - last_step >= LOG_STEPS and self.clock() - last_time >= LOG_SECONDS
+        return is_first or waited
+
+    def _eval(self, step: int) -> bool:
+        if step % max(1, self.total // AT_LEAST) == 0:
+            return True
+        return step % max(1, self.total // VALIDATIONS) == 0 and self._is_paid("eval", step)
+
+    def _sample(self, step: int) -> bool:
+        return step % max(1, self.total // SAMPLES) == 0 and self._is_paid("sample", step)
+
+    def _is_paid(self, name: str, step: int) -> bool:
+        """Whether the time so far pays for another one, and what is left for those that must be.
+
+        The first one is taken in any case: its cost is not known.
+        """
+        spent, last = self.meter.spent, self.meter.last_cost
+        if name not in last:
+            return True
+        cost = spent["eval"] + spent["sample"] + last[name]
+        quarters_left = AT_LEAST - step // max(1, self.total // AT_LEAST)
+        must = quarters_left * last.get("eval", 0.0) + last.get("sample", 0.0)
+        passed = self.clock() - self.meter.started
+        in_all = passed * (self.total - self.start) / (step - self.start)
+        return cost <= LOOKING * passed and cost + must <= LOOKING * in_all
+
+    def _save(self, step: int) -> bool:
+        waited = self.clock() - (self.saved or self.meter.started)
+        pause = self.meter.last_cost.get("save", math.inf) / SAVING
+        # At a validation sooner: with its loss a checkpoint may be known as the best.
+        is_early = waited >= pause and self._is_due("eval", step)
+        return is_early or waited >= max(SAVE_SECONDS, pause if pause < math.inf else 0.0)
+
+    def describe(self) -> list[str]:
+        """What "auto" comes to."""
+        looks = f"where {LOOKING:.0%} of the time pays for it"
+        meanings = {
+            "log": f"at least {LOG_STEPS} steps and {LOG_SECONDS:.0f} s apart",
+            "eval": f"every {max(1, self.total // VALIDATIONS):,} steps {looks}, and every "
+            f"{max(1, self.total // AT_LEAST):,} steps",
+            "sample": f"every {max(1, self.total // SAMPLES):,} steps {looks}",
+            "save": f"every {SAVE_SECONDS / 60:.0f} minutes, later where a save takes more than "
+            f"{SAVING:.0%} of them",
+        }
+        autos = [name for name, every in self.every.items() if every == AUTO]
+        return [f"{name}_every auto: {meanings[name]}; and at the end." for name in autos]
+
+
+def affordable(rows: Dataset, config: dict, loader: StepLoader) -> Dataset:
+    """The held-out rows that each validation takes: with "auto" no more than training pays for."""
+    trained = loader.order.rows_per_step * loader.total_steps
+    count = max(1, math.ceil(VALIDATION_ROWS * trained))
+    if config["eval_every"] != AUTO or count >= len(rows):
+        return rows
+    return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
