@@ -30,6 +30,7 @@ from engine import (
     sharding,
     steps,
 )
+from engine.time_limit import fit_time_limit
 from models import CustomLLMConfig
 from tokenizer import IM_END, create_tokenizer
 
@@ -59,6 +60,7 @@ wandb_config = {
     "learning_rate": 2e-5,  # peak; a larger model needs 5e-7 to 5e-6
     "num_epochs": 2,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
+    "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "optimizer": "adamw",  # or "muon"
     "muon_learning_rate": 2e-4,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.1,  # of all steps
@@ -158,6 +160,8 @@ def train_dpo(
     config = guards.fit_batch_size(
         config, scorer, optimizers, rt, step_of_scorer, collate.full_batch
     )
+    measured = (splits["train"], collate, scorer, optimizers, rt, step_of_scorer)
+    config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
 
     # 6. Order of the data

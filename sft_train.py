@@ -28,6 +28,7 @@ from engine import (
     sharding,
     steps,
 )
+from engine.time_limit import fit_time_limit
 from engine.disk import settings_hash
 from sft_data import prepare_sft_data
 from tokenizer import IM_END, create_tokenizer
@@ -53,6 +54,7 @@ wandb_config = {
     "learning_rate": 5e-4,  # peak; a larger pre-trained model needs 1e-5 to 1e-4
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
+    "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 5e-3,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.05,  # of all steps
@@ -142,6 +144,8 @@ def train_sft(
     parallel_model = sharding.distribute(rt, model, model.model.layers, optimizers)
     trial = (forward_backward, collate.full_batch)  # what a memory test runs
     config = guards.fit_batch_size(config, parallel_model, optimizers, rt, *trial)
+    measured = (splits["train"], collate, parallel_model, optimizers, rt, forward_backward)
+    config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
 
     # 6. Order of the data

@@ -25,6 +25,7 @@ from engine import (
     sharding,
     steps,
 )
+from engine.time_limit import fit_time_limit
 from models import CustomLLM, CustomLLMConfig
 from train_data import prepare_data, unigram_loss
 
@@ -58,6 +59,7 @@ wandb_config = {
     "learning_rate": 4e-3,  # peak; a model of hundreds of millions needs less
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
+    "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 4e-2,  # peak of the matrices that Muon takes
     "warmup_ratio": 0.05,  # of all steps
@@ -145,6 +147,8 @@ def train(
     parallel_model = sharding.distribute(rt, model, model.model.layers, optimizers)
     trial = (forward_backward, collate.full_batch)  # what a memory test runs
     config = guards.fit_batch_size(config, parallel_model, optimizers, rt, *trial)
+    measured = (splits["train"], collate, parallel_model, optimizers, rt, forward_backward)
+    config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
 
     # 6. Order of the data

@@ -6,8 +6,9 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -27,7 +28,7 @@ class Runtime:
     """A device and a precision, and this process's place among the ranks.
 
     dtype: of matrix products under autocast; None: fp32. scaler: of fp16's loss, otherwise
-    disabled. accelerator: None where nothing is distributed.
+    disabled. accelerator: None where nothing is distributed. started: when it was, monotonic seconds.
     """
 
     device: torch.device
@@ -36,6 +37,7 @@ class Runtime:
     accelerator: Accelerator | None = None
     rank: int = 0
     world: int = 1
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def is_main(self) -> bool:

@@ -31,6 +31,7 @@ AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20)
 AT_MOST |= {"num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
 # Keys that may be None, with an example of another value.
 OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
+OPTIONAL |= {"time_limit": ""}
 OPTIONAL |= {"text_column": "", "num_proc": 1, "max_dataset_bytes": 1.0}  # 2e9 is no int
 # Keys that may be "auto", with an example of another value.
 AUTO = dict.fromkeys(("batch_size", "log_every", "eval_every", "sample_every", "save_every"), 1)
@@ -78,7 +79,9 @@ def find_problem(key: str, value, default) -> str | None:
             return None
         default = OPTIONAL[key]
     rule = None
-    if isinstance(default, bool):
+    if key == "time_limit":
+        rule = None if parse_seconds(value) else "a time such as '8h', '90m' or '1h30m'"
+    elif isinstance(default, bool):
         rule = None if isinstance(value, bool) else "True or False"
     elif isinstance(default, int | float):
         rule = _broken_number_rule(key, value, isinstance(default, int))
@@ -118,6 +121,14 @@ def _broken_text_rule(value) -> str | None:
     # Neither can stand in a file name or in run.json.
     has_surrogate = any("\ud800" <= character <= "\udfff" for character in value)
     return "text without NULs and lone surrogates" if has_surrogate or "\0" in value else None
+
+
+def parse_seconds(value) -> float:
+    """'8h' -> 28800, '1h30m' -> 5400; 0 for what is no length of time."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    is_time = isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?[hms])+", value)
+    parts = re.findall(r"([\d.]+)([hms])", value) if is_time else []
+    return sum(float(number) * units[unit] for number, unit in parts)
 
 
 def shorten(value) -> str:
