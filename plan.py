@@ -4,40 +4,51 @@
     python plan.py dpo_train.py --batch_size 32       another stage, one key changed
     python plan.py --card 4090                        another card than the RTX 3090
     python plan.py --card "4060 Ti" --gib 16          a card with another size of memory
+    python plan.py --measure                          time a few real steps on the device here, too
 
 --card takes a name of engine/cards.py or a device's own ("NVIDIA H100 PCIe"). The hours follow
 from its peak. --gib is its memory in GiB; without it the card's usual size counts. Every other
 option is a key of the stage (python train_llm.py --help).
 
 The memory is that of all tensors that are alive at the worst moment of a training step: a step
-runs on tensors without contents and is counted. The hours are arithmetic.
+runs on tensors without contents and is counted. The hours are arithmetic. The tokens are those of
+the corpus's first megabyte, projected.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+
+import torch
 
 import dpo_train
 import sft_train
 import train_llm
-from corpus.documents import iter_documents
+from corpus.estimate import Estimate, estimate, first_megabyte
 from corpus.packing import PackedCollator
-from corpus.readers import find_files, iter_records
+from corpus.preparation import Corpus
+from corpus.processes import count_cores
+from corpus.readers import Portion, find_files
 from corpus.sources import datasets_of, is_remote
-from dpo_data import PairCollator
-from engine import cards, memory, runs, settings
+from dpo_data import PairCollator, PairRecipe
+from engine import cards, memory, optim, runs, runtime, settings
+from engine.cadence import LOOKING, SAVING
 from engine.cards import Card
 from engine.memory import CONTEXT_GIB, FRAGMENTATION, StepMemory
 from engine.meter import active_parameters, flops_per_token
-from models import CustomLLMConfig
+from engine.time_limit import seconds_per_step
+from models import CustomLLM, CustomLLMConfig
+from sft_data import ConversationRecipe
+from tokenizer import create_tokenizer, train_tokenizer
+from train_data import DocumentRecipe
 
 CARD, MOST_GIB = "RTX 3090", 1024
 MFU = (0.24, 0.50)  # plain and compiled runs of 100M models on consumer cards, as others report
-CHARACTERS_PER_TOKEN = 1.6  # Chinese text, 6,400-token BPE
-READ_AT_MOST = 20_000_000  # characters; a larger corpus is estimated from its beginning
+CHECKPOINT_BYTES, FINAL_BYTES = 12, 4  # per parameter; with Muon a checkpoint is smaller
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,15 @@ STAGES = {stage.script: stage for stage in (PRETRAIN, SFT, DPO)}
 
 def count_step(stage: Stage, config: dict, model_config: CustomLLMConfig, **options) -> StepMemory:
     """The memory of a stage's step; options of StepMemory."""
+    return StepMemory(config, model_config, *trial(stage, config), **options)
+
+
+def trial(stage: Stage, config: dict) -> tuple[Callable, Callable]:
+    """(forward_backward, full_batch) of a stage."""
     length = config[stage.length_key]
     if stage is DPO:
-        trial = dpo_train.trial_step(config), PairCollator(0, length).full_batch
-    else:
-        trial = train_llm.forward_backward, PackedCollator(length, 0).full_batch
-    return StepMemory(config, model_config, *trial, **options)
+        return dpo_train.trial_step(config), PairCollator(0, length).full_batch
+    return train_llm.forward_backward, PackedCollator(length, 0).full_batch
 
 
 def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConfig, str]:
@@ -86,73 +100,98 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     return config, CustomLLMConfig.from_pretrained(folder), str(folder)
 
 
-def count_all_characters(stage: Stage, config: dict) -> float | None:
-    """Characters of all datasets; None where one lies elsewhere. Estimated as below."""
-    names = [name for name, _ in datasets_of(config["dataset"])]
-    if any(map(is_remote, names)):
+def estimate_data(stage: Stage, config: dict, vocab_size: int) -> Estimate | None:
+    """The corpus, by its first megabyte; None where a dataset lies elsewhere."""
+    chosen = datasets_of(config["dataset"])
+    if any(is_remote(name) for name, _ in chosen):
         return None
+    corpus = Corpus([(find_files(name), share) for name, share in chosen])
+    portion, length = first_megabyte(corpus), config[stage.length_key]
     column = config.get("text_column")
-    return sum(count_characters(stage, find_files(name), column) for name in names)
-
-
-def count_characters(
-    stage: Stage, files: list[Path], text_column=None, read_at_most: int = READ_AT_MOST
-) -> float:
-    """Characters of text in files. Of large ones they are estimated from the beginning."""
-    total, read, characters = sum(file.stat().st_size for file in files), 0, 0
-    for file in files:
-        in_file = 0
-        for text in file_texts(stage, file, text_column):
-            characters += len(text)
-            in_file += len(text.encode())
-            if characters > read_at_most and file.suffix in (".jsonl", ".json", ".txt"):
-                return characters * total / (read + in_file)
-        read += file.stat().st_size
-        if characters > read_at_most:
-            return characters * total / read
-    return characters
-
-
-def file_texts(stage: Stage, file: Path, text_column: str | None):
+    folder = config["init_from"] or config.get("tokenizer_path")
+    if folder:
+        tokenizer = create_tokenizer(model_path=folder)
+    else:
+        tokenizer = train_tokenizer(record_texts(portion, column), vocab_size)
+    size = corpus.stored_bytes()
     if stage is PRETRAIN:
-        yield from iter_documents(str(file), text_column=text_column)
-        return
+        return estimate(corpus, portion, DocumentRecipe(column, tokenizer, length, size))
+    recipe = ConversationRecipe if stage is SFT else PairRecipe
+    return estimate(corpus, portion, recipe(tokenizer, length, size))
+
+
+def record_texts(portion: Portion, text_column: str | None) -> Iterator[str]:
+    """The text of each record, of whatever stage it is."""
 
     def strings(value):
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
+        if isinstance(value, dict | list):
             for part in value.values() if isinstance(value, dict) else value:
                 yield from strings(part)
+        elif isinstance(value, str):
+            yield value
 
-    for _, record in iter_records(file):
-        yield from strings(record)
+    for _, record in portion.records():
+        whole = record[text_column] if text_column and text_column in record else record
+        yield "\n".join(strings(whole))
 
 
 def describe_hours(stage: Stage, config: dict, model, card: Card) -> list[str]:
-    flops = flops_per_token(model) * (1 + stage.reference_share)
-    low, high = (card.flops * share for share in MFU)
+    """Speed on the card. Time includes what "auto" gives to validation, samples and saves."""
+    low, high = speeds(stage, model, card)
     article = "an" if card.name[0] in "AHLR" else "a"  # as the letters are spoken
     bounds = f"{article} {card.name} at {MFU[0]:.0%} to {MFU[1]:.0%} of its dense peak (estimated)"
-    lines = [f"Speed: {low / flops:,.0f} to {high / flops:,.0f} tokens/s on {bounds}"]
-    per_token = [flops / high / 3600, flops / low / 3600]  # hours
-    lines.append(f"Time: {span(per_token, 1e9)} per billion tokens (estimated)")
-    characters = count_all_characters(stage, config)
-    if characters is not None:
-        tokens = characters / CHARACTERS_PER_TOKEN
-        epochs = config["num_epochs"]
-        lines.append(
-            f"Time: {span(per_token, tokens * epochs)} for {epochs} epochs of {config['dataset']}, "
-            f"about {tokens:,.0f} tokens (estimated)"
-        )
-    return lines
+    return [
+        f"Speed: {low:,.0f} to {high:,.0f} tokens/s on {bounds}",
+        f"Time: {span(low, high, 1e9)} per billion tokens, with {LOOKING + SAVING:.0%} for "
+        "validation, samples and saves (estimated)",
+    ]
 
 
-def span(hours_per_token: list[float], tokens: float) -> str:
-    low, high = (hours * tokens for hours in hours_per_token)
-    if high < 1:
-        return f"{low * 60:.1f} to {high * 60:.1f} minutes"
-    return f"{low:,.1f} to {high:,.1f} hours"
+def speeds(stage: Stage, model, card: Card) -> tuple[float, float]:
+    """Tokens per second, from MFU. A reference model takes a share of the FLOPs."""
+    flops = flops_per_token(model) * (1 + stage.reference_share)
+    low, high = (card.flops * share / flops for share in MFU)
+    return low, high
+
+
+def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
+    """The corpus: its tokens, how long it takes to prepare and to train on, what it takes of the
+    disk."""
+    data = estimate_data(stage, config, model.config.vocab_size)
+    if data is None:
+        return [f"Data: {config['dataset']} does not lie here; tokens and hours are not known."]
+    parameters = sum(p.numel() for p in model.parameters())
+    length, epochs = config[stage.length_key], config["num_epochs"]
+    tokens, cores = data.tokens * epochs, config["num_proc"] or count_cores()
+    rows = config["batch_size"] * config["gradient_accumulation_steps"]
+    if config["max_steps"]:
+        tokens = min(tokens, config["max_steps"] * rows * length)
+    seconds = data.tokens / (data.tokens_per_second * cores)
+    checkpoints = (config["keep_checkpoints"] + 1) * CHECKPOINT_BYTES + FINAL_BYTES
+    return [
+        f"Data: {config['dataset']}, about {data.tokens:,.0f} tokens, {tokens / parameters:.1f} of "
+        f"training per parameter (estimated from its first megabyte)",
+        f"Preparing it: about {duration(seconds)} on {cores} cores ({data.tokens_per_second:,.0f} "
+        "tokens/s a core, measured here on that megabyte)",
+        f"Training: {span(*speeds(stage, model, card), tokens)} for {tokens:,.0f} tokens, about "
+        f"{math.ceil(tokens / (rows * length)):,} steps (estimated)",
+        f"Disk: {data.tokens * data.bytes_per_token / 1e9:.2f} GB of rows, as much as the text "
+        f"while they are made, {parameters * checkpoints / 1e9:.2f} GB of checkpoints (estimated)",
+    ]
+
+
+def span(low: float, high: float, tokens: float) -> str:
+    """The time of so many tokens at these tokens per second."""
+    fastest, slowest = (tokens / speed / (1 - LOOKING - SAVING) for speed in (high, low))
+    return f"{duration(fastest)} to {duration(slowest)}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} minutes"
+    return f"{seconds / 3600:,.1f} hours"
 
 
 def describe_memory(step: StepMemory, config: dict, card: Card) -> list[str]:
@@ -173,7 +212,28 @@ def describe_memory(step: StepMemory, config: dict, card: Card) -> list[str]:
     return lines
 
 
-def plan(stage: Stage, card: Card, arguments: list[str]) -> list[str]:
+def measure(stage: Stage, config: dict, model_config: CustomLLMConfig) -> list[str]:
+    """A few real steps on the device that is here."""
+    rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
+    model = CustomLLM(model_config)
+    rt.place(model.train())
+    memory.checkpoint_activations(model, config["gradient_checkpointing"])
+    optimizers = optim.build(model, config)
+    runtime.compile_blocks(model, config["torch_compile"], rt)
+    forward_backward, full_batch = trial(stage, config)
+    micro_batches = [full_batch(config["batch_size"])] * config["gradient_accumulation_steps"]
+    seconds = seconds_per_step(repeat(micro_batches), model, optimizers, rt, forward_backward)
+    tokens = sum(int((batch["input_ids"] > 0).sum()) for batch in micro_batches)
+    name, peak = "this CPU", ""
+    if rt.device.type == "cuda":
+        name = torch.cuda.get_device_name(rt.device)
+        peak = f", peak {torch.cuda.max_memory_allocated(rt.device) / 2**30:.2f} GiB of tensors"
+    return [
+        f"Measured here on {name}: {tokens / seconds:,.0f} tokens/s, {seconds:.3f} s a step{peak}"
+    ]
+
+
+def plan(stage: Stage, card: Card, arguments: list[str], measured: bool = False) -> list[str]:
     config, model_config, source = read_config(stage, arguments)
     step = count_step(stage, config, model_config)
     batch_rows = config["batch_size"] * config["gradient_accumulation_steps"]
@@ -185,6 +245,8 @@ def plan(stage: Stage, card: Card, arguments: list[str]) -> list[str]:
         f"Tokens per step: up to {int(tokens):,}",
         *describe_memory(step, config, card),
         *describe_hours(stage, config, step.model, card),
+        *(measure(stage, config, model_config) if measured else []),
+        *describe_data(stage, config, step.model, card),
     ]
 
 
@@ -223,7 +285,9 @@ def main():
         script = Path(words.pop(0)).name if named else "train_llm.py"
         if script not in STAGES:
             raise ValueError(f"{script}: expected one of {', '.join(STAGES)}.")
-        print("\n".join(plan(STAGES[script], card, words)))
+        measured = "--measure" in words
+        words = [word for word in words if word != "--measure"]
+        print("\n".join(plan(STAGES[script], card, words, measured)))
     except (ValueError, OSError, argparse.ArgumentError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -157,7 +157,7 @@ def train_sft(
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
     finite = guards.FiniteGuard(run, loader.order, rt)
-    rt.say(report.describe_run(config, model, loader, rt, config["max_length"]))
+    rt.say(report.describe_run(config, model, loader, rt, config["max_length"], trial))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
     if start_step == 0:
         rt.say("Before fine-tuning:")

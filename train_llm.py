@@ -160,7 +160,7 @@ def train(
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
     finite = guards.FiniteGuard(run, loader.order, rt)
-    rt.say(report.describe_run(config, model, loader, rt, config["max_seq_len"]))
+    rt.say(report.describe_run(config, model, loader, rt, config["max_seq_len"], trial))
     unigram = unigram_loss(splits, len(tokenizer))
     rt.say(f"Validation loss of token frequencies alone: {unigram:.4f}")
     prompts = SAMPLE_PROMPTS

@@ -122,7 +122,7 @@ class Corpus:
             for portion in iter_portions(path):
                 portion = replace(portion, position=before + portion.position)
                 if self.max_bytes and read + portion.size >= self.max_bytes:
-                    yield _cut(portion, self.max_bytes - read)
+                    yield cut(portion, self.max_bytes - read)
                     return
                 yield portion
                 read += portion.size
@@ -143,7 +143,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     return path.stat().st_size, path.stat().st_mtime_ns
 
 
-def _cut(portion: Portion, size: int) -> Portion:
+def cut(portion: Portion, size: int) -> Portion:
     """The records of a portion up to the one with which `size` bytes are reached."""
     sizes = np.cumsum([size_of(item) for item in portion.content])
     count = int(np.searchsorted(sizes, size)) + 1

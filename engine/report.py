@@ -6,6 +6,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from engine.advice import advise
 from engine.cadence import Cadence
 from engine.meter import Meter, active_parameters, log_line
 from engine.plots import plot_curves
@@ -83,8 +84,13 @@ class Log:
             self.tracker.finish()
 
 
-def describe_run(config: dict, model, loader: StepLoader, rt: Runtime, row_length: int) -> str:
-    """The configuration in full, and what it comes to."""
+def describe_run(
+    config: dict, model, loader: StepLoader, rt: Runtime, row_length: int, trial
+) -> str:
+    """The configuration in full, what it comes to, and advice.
+
+    trial: (forward_backward, full_batch) of the stage, to count a step's memory.
+    """
     total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
     order = loader.order
     tokens = min(order.rows_per_step, order.rows) * row_length
@@ -97,6 +103,7 @@ def describe_run(config: dict, model, loader: StepLoader, rt: Runtime, row_lengt
             f"Model: {total:,} parameters ({active:,} active per token), {dtype} on "
             f"{rt.device}; up to {tokens:,} tokens per step, {order.steps_per_epoch:,} "
             f"steps per epoch, {order.total_steps:,} steps in all.",
+            *advise(config, model, order.rows * row_length, row_length, rt, trial),
         ]
     )
 

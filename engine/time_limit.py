@@ -7,7 +7,7 @@ training starts, and a resumed run takes the same one: it trains the same bits.
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import torch
@@ -40,7 +40,11 @@ def fit_time_limit(
     steps = json.loads(kept.read_text())["steps"] if rt.is_main and kept.exists() else None
     steps = rt.from_main(steps)
     if steps is None:
-        seconds = seconds_per_step(config, rows, collate, model, optimizers, rt, forward_backward)
+        loader = StepLoader(rows, collate, config | {"num_workers": 0}, rt)
+        first = (micro_batches for _, micro_batches in loader)
+        seconds = seconds_per_step(first, model, optimizers, rt, forward_backward)
+        if rt.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(rt.device)  # the run's own peak counts
         left = parse_seconds(config["time_limit"]) - (time.monotonic() - rt.started)
         steps = rt.from_main(int(left * (1 - LOOKING - SAVING - SPARE) / seconds))
         rt.say(f"time_limit {config['time_limit']}: {seconds:.3f} s a step, {steps:,} steps.")
@@ -52,13 +56,12 @@ def fit_time_limit(
 
 
 def seconds_per_step(
-    config: dict, rows, collate, model, optimizers, rt: Runtime, forward_backward: Callable
+    steps: Iterable[list[dict]], model, optimizers, rt: Runtime, forward_backward: Callable
 ) -> float:
-    """The median of the first steps' time, on their own batches. Nothing is learned from them."""
-    loader = StepLoader(rows, collate, config | {"num_workers": 0}, rt)
+    """The median time of some steps, given by their micro-batches. Nothing is learned from them."""
     times: list[float] = []
     with training_memory(model, optimizers):
-        for _, micro_batches in islice(loader, WARM_UP + MEASURED):
+        for micro_batches in islice(steps, WARM_UP + MEASURED):
             started = time.perf_counter()
             for batch in rt.accumulate(model, micro_batches):
                 forward_backward(model, batch, 1, rt)
@@ -69,6 +72,4 @@ def seconds_per_step(
             if rt.device.type == "cuda":
                 torch.cuda.synchronize(rt.device)
             times.append(time.perf_counter() - started)
-    if rt.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(rt.device)  # the run's own peak counts
     return statistics.median(times[WARM_UP:] or times)

@@ -1,19 +1,26 @@
+import json
+import random
+import re
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gpu_like  # noqa: F401 - gives the varlen kernel a CPU, for real steps
 import pytest
 import torch
+from recipes import write_records
 from tiny import tiny_model, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
 import plan
+from dpo_data import prepare_dpo_data
 from engine import cards
 from engine.memory import LEVELS, PLANNED_GPU, PeakBytes, largest_batch, on_card
 from models import CustomLLMConfig
-from plan import DPO, PRETRAIN, SFT, count_characters, count_step, read_config
+from plan import DPO, PRETRAIN, SFT, count_step, read_config
+from sft_data import prepare_sft_data
+from tokenizer import train_tokenizer
+from train_data import prepare_data
 
 SIZES = {"vocab_size": 640, "d_model": 64, "n_heads": 2, "n_layers": 2, "d_ff": 128}
 
@@ -93,15 +100,52 @@ def test_planning_a_gpu_leaves_every_other_model_as_it_was():
     assert torch.equal(model(ids, labels=ids).loss.detach(), before)
 
 
-def test_characters_are_counted_and_a_large_corpus_is_estimated(tmp_path):
-    path = write_jsonl(
-        tmp_path / "a.jsonl", [{"text": f"{i:04d}" + "天地玄黄" * 9} for i in range(200)]
-    )
-    assert count_characters(PRETRAIN, [Path(path)]) == 200 * 40
-    estimated = count_characters(PRETRAIN, [Path(path)], read_at_most=1000)
-    assert estimated == pytest.approx(200 * 40, rel=0.2)
-    pairs = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "天地"}]}])
-    assert count_characters(SFT, [Path(pairs)]) == len("user天地")
+@pytest.mark.parametrize("stage", [PRETRAIN, SFT, DPO], ids=lambda stage: stage.script)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, stage, suffix):
+    draw = random.Random(0)
+    words = [chr(0x4E00 + draw.randrange(400)) for _ in range(60)]
+
+    def text() -> str:
+        return "".join(draw.choices(words, k=200))
+
+    records = {
+        PRETRAIN: lambda: {"text": text()},
+        SFT: lambda: {"instruction": text(), "response": text()},
+        DPO: lambda: {"instruction": text(), "chosen": text(), "rejected": text()},
+    }
+    path = write_records(tmp_path / f"a{suffix}", [records[stage]() for _ in range(6000)])
+    folder = tmp_path / "tokenizer"
+    tokenizer = train_tokenizer((text() for _ in range(500)), 400)
+    tokenizer.save_pretrained(folder)
+    config, _, _ = read_config(stage, [])
+    config |= {"dataset": str(path), "init_from": str(folder), stage.length_key: 512}
+    found = plan.estimate_data(stage, config, 400)
+    prepare = {
+        PRETRAIN: lambda **o: prepare_data(str(folder), str(path), 512, **o),
+        SFT: lambda **o: prepare_sft_data(tokenizer, str(path), 512, **o),
+        DPO: lambda **o: prepare_dpo_data(tokenizer, str(path), 512, **o),
+    }
+    prepare[stage](cache_dir=tmp_path / "cache")
+    [kept] = (tmp_path / "cache").glob("*/statistics.json")
+    tokens = json.loads(kept.read_text())["tokens"]
+    assert found.tokens == pytest.approx(tokens, rel=0.03)
+    on_disk = sum(file.stat().st_size for file in kept.parent.glob("*.arrow"))
+    assert found.bytes_per_token == pytest.approx(on_disk / tokens, rel=0.1)
+    assert found.tokens_per_second > 0
+
+
+def test_data_that_lie_elsewhere_are_not_estimated():
+    config, _, _ = read_config(PRETRAIN, ["--dataset", "owner/name"])
+    [line] = plan.describe_data(PRETRAIN, config, tiny_model(), cards.CARDS[0])
+    assert "owner/name does not lie here" in line
+
+
+@pytest.mark.parametrize("stage", [PRETRAIN, DPO], ids=lambda stage: stage.script)
+def test_real_steps_are_timed_on_the_device_that_is_here(stage):
+    _, config, shape = settings(stage, batch_size=2, device="cpu", torch_compile=False)
+    [line] = plan.measure(stage, config, shape)
+    assert re.match(r"Measured here on this CPU: [\d,]+ tokens/s, \d+\.\d+ s a step$", line)
 
 
 @pytest.mark.slow
@@ -120,6 +164,10 @@ def test_the_command_prints_a_plan_for_a_changed_key(monkeypatch, capsys, tmp_pa
         "Largest batch_size",
         "tokens/s on an RTX 3090 at 24% to 50%",
         "Time: ",
+        "of training per parameter",
+        "Preparing it: about",
+        "Training: ",
+        "Disk: ",
     ):
         assert part in printed
     assert "(estimated)" in printed
@@ -165,8 +213,8 @@ def test_card_and_gib_may_stand_anywhere(monkeypatch, words, name, gib):
     monkeypatch.setattr(plan, "plan", lambda *arguments: called.append(arguments) or [])
     monkeypatch.setattr(sys, "argv", ["plan.py", *words.split()])
     plan.main()
-    [(stage, card, others)] = called
-    assert (stage, card.name, card.gib) == (DPO, name, gib)
+    [(stage, card, others, measured)] = called
+    assert (stage, card.name, card.gib, measured) == (DPO, name, gib, False)
     assert others == ["--batch_size", "3"]
 
 

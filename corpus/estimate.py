@@ -1,0 +1,50 @@
+"""What a corpus comes to, found on its first megabyte: its tokens, and how fast they are prepared."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from corpus.preparation import Corpus, Recipe, cut, usable_items
+from corpus.readers import Portion
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """tokens: of the whole corpus. tokens_per_second: that one core prepares, measured here."""
+
+    tokens: float
+    tokens_per_second: float
+    bytes_per_token: float  # of the rows, on the disk
+
+
+def first_megabyte(corpus: Corpus) -> Portion:
+    """The first records of a corpus. The position is how many bytes of the file they take."""
+    portion = next(corpus.tasks()).portion
+    if portion.size <= MEGABYTE:
+        return portion
+    first = cut(portion, MEGABYTE)
+    stored = portion.position * first.size // portion.size  # fewer bytes than text, if compressed
+    return replace(first, position=stored)
+
+
+def estimate(corpus: Corpus, portion: Portion, recipe: Recipe) -> Estimate:
+    """Prepare the first megabyte and project it on all of the corpus.
+
+    Raises:
+        ValueError: the megabyte holds nothing usable, or something broken.
+    """
+    counts: Counter = Counter()
+    started = time.perf_counter()
+    items = list(usable_items(recipe.parse, portion, counts))
+    examples = [example for example in recipe.encode(items, counts) if example is not None]
+    rows = recipe.pack(examples, counts)
+    seconds = time.perf_counter() - started
+    if not counts["tokens"]:
+        raise ValueError(f"{portion.path}: its first megabyte has nothing to train on ({counts}).")
+    return Estimate(
+        counts["tokens"] * corpus.stored_bytes() / max(1, portion.position),
+        counts["tokens"] / seconds,
+        rows.nbytes / counts["tokens"],
+    )
