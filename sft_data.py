@@ -102,7 +102,7 @@ class ConversationRecipe:
         counts["replies cut"] += sum([truncate(turns, self.max_length) for turns in rendered])
         # All at once: an array of its own for each conversation costs more than its tokens.
         ids, mask = flatten([turn for turns in rendered for turn in turns])
-        labels = np.where(mask, ids.astype(np.int64), IGNORE_INDEX)
+        labels = np.where(mask, ids.astype(np.int32), np.int32(IGNORE_INDEX))
         ends = np.cumsum([total_length(turns) for turns in rendered])
         targets = np.add.reduceat(mask, ends - np.diff(ends, prepend=0), dtype=np.int64)
         examples: list = []
@@ -124,9 +124,10 @@ class ConversationRecipe:
         lengths = [len(ids) for ids, _ in examples]
         rows = best_fit(lengths, self.max_length)
         members = [index for row in rows for index in row]
-        places, none = np.arange(self.max_length), np.empty(0, dtype=np.int64)
+        places = np.arange(self.max_length, dtype=np.uint32)
+        none = (places[:0], places[:0], np.empty(0, dtype=np.int32))
         parts = [(examples[i][0], places[: lengths[i]], examples[i][1]) for i in members]
-        columns = [np.concatenate(column) for column in zip((none,) * 3, *parts, strict=True)]
+        columns = [np.concatenate(column) for column in zip(none, *parts, strict=True)]
         counts["tokens"] += len(columns[0])
         counts["targets"] += int((columns[2] != IGNORE_INDEX).sum())
         counts["padding"] += len(rows) * self.max_length - len(columns[0])

@@ -159,7 +159,7 @@ class DocumentRecipe:
         counts["tokens"] += len(ids)
         counts["padding"] += len(rows) * self.max_seq_len - len(ids)
         counts["documents cut to fill rows"] += cuts
-        places = np.arange(self.max_seq_len)
+        places = np.arange(self.max_seq_len, dtype=np.uint32)
         parts = [(ids[start : start + n], places[:n]) for row in rows for start, n in row]
         columns = [
             np.concatenate(column) for column in zip((ids[:0], places[:0]), *parts, strict=True)

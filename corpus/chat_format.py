@@ -76,8 +76,11 @@ class Renderer:
 
 def _join_tool_results(messages: list[dict]) -> list[tuple[str, str]]:
     """(role, content) of each turn."""
+    plain = [(message["role"], message["content"]) for message in messages]
+    if all(role != "tool" for role, _ in plain):
+        return plain
     turns: list[tuple[str, str]] = []
-    for role, content in [(message["role"], message["content"]) for message in messages]:
+    for role, content in plain:
         if role == "tool":
             content = f"<tool_response>\n{content}\n</tool_response>"
             if turns and turns[-1][0] == "tool":

@@ -85,7 +85,7 @@ class Log:
 
 
 def describe_run(
-    config: dict, model, loader: StepLoader, rt: Runtime, row_length: int, trial
+    config: dict, model, loader: StepLoader, rt: Runtime, row_length: int, trial=None
 ) -> str:
     """The configuration in full, what it comes to, and advice.
 

@@ -62,9 +62,10 @@ def runs(tmp_path_factory, base_model, muon_in_fp32) -> dict[tuple, tuple[Path, 
     """
     folder = tmp_path_factory.mktemp("ranks")
     samples, twos = {"sample_every": 4}, {"batch_size": 2}  # twos: two micro-batches on each rank
+    autos = {"sample_every": "auto", "save_every": "auto"}  # the first rank's clock decides
     jobs = {
         "dense": ("train_llm", pretrain_config(folder, **samples, **twos)),
-        "muon": ("train_llm", pretrain_config(folder, **twos, optimizer="muon")),
+        "muon": ("train_llm", pretrain_config(folder, **twos, **autos, optimizer="muon")),
         # Its balance depends on the micro-batches. Of fours also an epoch's last step has the same.
         "moe": ("train_llm", pretrain_config(folder, use_moe=True, moe_d_ff=32)),
         "sft": ("sft_train", sft_config(folder, base_model, **samples, **twos)),

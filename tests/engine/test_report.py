@@ -264,9 +264,10 @@ def test_the_meter_counts_real_tokens_and_leaves_pauses_out(monkeypatch):
     meter = Meter(tiny_model(), start_step=2, total_steps=10, tokens_seen=1000, device=CPU)
     meter.tokens_seen += 600
     now[0] += 2
-    with meter.paused():
+    with meter.paused("eval"):
         now[0] += 5
     now[0] += 1
+    assert meter.shares() == "37.5% training, 62.5% validation and samples, 0.0% saves"
     metrics = meter.read(4)
     assert metrics["train/tokens_per_second"] == pytest.approx(200)
     assert metrics["train/tokens_seen"] == 1600
