@@ -15,7 +15,6 @@ from corpus import cache
 from corpus.chat_format import as_prompt
 from dpo_data import prepare_dpo_data
 from engine import (
-    cadence,
     checkpoint,
     evaluation,
     guards,
@@ -166,7 +165,7 @@ def train_dpo(
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
-    held_out = cadence.affordable(splits["validation"], config, loader)
+    held_out = evaluation.affordable(splits["validation"], config, loader)
     validation = steps.validation_loader(held_out, collate, config, rt)
     losses = partial(pair_losses, config=config)
 

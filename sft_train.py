@@ -14,7 +14,6 @@ from datasets import Dataset, concatenate_datasets
 from corpus import cache
 from corpus.chat_format import as_prompt
 from engine import (
-    cadence,
     checkpoint,
     evaluation,
     guards,
@@ -28,8 +27,8 @@ from engine import (
     sharding,
     steps,
 )
-from engine.time_limit import fit_time_limit
 from engine.disk import settings_hash
+from engine.time_limit import fit_time_limit
 from sft_data import prepare_sft_data
 from tokenizer import IM_END, create_tokenizer
 from train_data import prepare_data
@@ -150,7 +149,7 @@ def train_sft(
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
-    held_out = cadence.affordable(splits["validation"], config, loader)
+    held_out = evaluation.affordable(splits["validation"], config, loader)
     validation = steps.validation_loader(held_out, collate, config, rt)
     validation_bytes = cache.target_bytes(held_out, tokenizer)
 

@@ -11,7 +11,6 @@ from functools import partial
 from corpus import cache
 from corpus.packing import PackedCollator
 from engine import (
-    cadence,
     checkpoint,
     evaluation,
     guards,
@@ -153,7 +152,7 @@ def train(
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
-    held_out = cadence.affordable(splits["validation"], config, loader)
+    held_out = evaluation.affordable(splits["validation"], config, loader)
     validation = steps.validation_loader(held_out, collate, config, rt)
     validation_bytes = cache.target_bytes(held_out, tokenizer)
 

@@ -38,7 +38,14 @@ from train_data import CACHE_VERSION, DocumentRecipe, prepare_data
 
 CORPORA = ["pt_libreoffice_help", "pt_manpages_zh", "pt_china_law"]
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 1408, "vocab_size": 6400}  # 22 M
-LOOP = {"batch_size": 8, "max_seq_len": 512, "log_every": 1, "eval_every": 0, "sample_every": 0, "save_every": 0}
+LOOP = {
+    "batch_size": 8,
+    "max_seq_len": 512,
+    "log_every": 1,
+    "eval_every": 0,
+    "sample_every": 0,
+    "save_every": 0,
+}
 STEPS = 6  # counted, after one that warms up
 
 

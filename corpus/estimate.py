@@ -1,4 +1,4 @@
-"""What a corpus comes to, found on its first megabyte: its tokens, and how fast they are prepared."""
+"""What a corpus comes to, by its first megabyte: its tokens, and how fast they are prepared."""
 
 import time
 from collections import Counter

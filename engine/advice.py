@@ -52,13 +52,15 @@ def _about_device(config: dict, model, rt: Runtime, trial):
     if rt.device.type != "cuda":
         return
     if rt.dtype is torch.float16 and torch.cuda.is_bf16_supported(including_emulation=False):
-        yield 'this card has bf16, which is as fast as fp16 and cannot overflow (mixed_precision).'
+        yield "this card has bf16, which is as fast as fp16 and cannot overflow (mixed_precision)."
     if trial is None:
         return
     card = torch.cuda.get_device_properties(rt.device).total_memory / 2**30
-    needed = memory.on_card(StepMemory(config, model.config, *trial).peak(
-        config["batch_size"], config["gradient_checkpointing"]
-    )["total"])
+    needed = memory.on_card(
+        StepMemory(config, model.config, *trial).peak(
+            config["batch_size"], config["gradient_checkpointing"]
+        )["total"]
+    )
     if needed < SMALL_BATCH * card:
         yield (
             f"a step takes {needed:.1f} of the card's {card:.0f} GiB (estimated): a larger "

@@ -10,9 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-from datasets import Dataset
-
 from engine.meter import Meter
 from engine.runtime import Runtime
 from engine.steps import StepLoader
@@ -22,9 +19,6 @@ LOOKING = 0.05  # of the time so far may go to validation and samples
 SAVING = 0.02  # of the time may go to saves
 VALIDATIONS, SAMPLES = 50, 10  # in a long run, where the time pays for them
 AT_LEAST = 4  # validations in a run, also where it does not
-# A validation's rows, as a share of those that are trained on. A forward costs a third of a step:
-# the first one and AT_LEAST more take 4 % of the time.
-VALIDATION_ROWS = 0.024
 LOG_STEPS, LOG_SECONDS = 10, 3.0  # between two lines, whichever is longer
 SAVE_SECONDS = 15 * 60.0  # between two saves, at most
 
@@ -135,12 +129,3 @@ class Cadence:
         }
         autos = [name for name, every in self.every.items() if every == AUTO]
         return [f"{name}_every auto: {meanings[name]}; and at the end." for name in autos]
-
-
-def affordable(rows: Dataset, config: dict, loader: StepLoader) -> Dataset:
-    """The held-out rows that each validation takes: with "auto" no more than training pays for."""
-    trained = loader.order.rows_per_step * loader.total_steps
-    count = max(1, math.ceil(VALIDATION_ROWS * trained))
-    if config["eval_every"] != AUTO or count >= len(rows):
-        return rows
-    return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))

@@ -28,7 +28,7 @@ class Runtime:
     """A device and a precision, and this process's place among the ranks.
 
     dtype: of matrix products under autocast; None: fp32. scaler: of fp16's loss, otherwise
-    disabled. accelerator: None where nothing is distributed. started: when it was, monotonic seconds.
+    disabled. accelerator: None where nothing is distributed. started: by time.monotonic().
     """
 
     device: torch.device

@@ -37,7 +37,8 @@ def lines(folder) -> list[dict]:
 
 def make_log(folder, rt=None):
     loader = SimpleNamespace(start_step=2, total_steps=10)
-    return Log(Run(folder), "project", {}, rt or cpu_runtime(), tiny_model(), loader, 1000)
+    every = {f"{name}_every": "auto" for name in ("log", "eval", "sample", "save")}
+    return Log(Run(folder), "project", every, rt or cpu_runtime(), tiny_model(), loader, 1000)
 
 
 # --- metrics.jsonl and wandb ------------------------------------------------------------------

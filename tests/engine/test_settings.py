@@ -32,6 +32,7 @@ DEFAULTS = {
     "dataset": "a.jsonl",
     "mixed_precision": "fp16",
     "torch_compile": "auto",
+    "eval_every": "auto",
     "warmup_ratio": 0.1,
     "gradient_checkpointing": False,
 }
@@ -65,9 +66,10 @@ def test_an_unknown_key_names_the_nearest_and_all_problems_come_together():
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
-        ("batch_size", 0, "at least 1"),
-        ("batch_size", 1.5, "a whole number"),
-        ("batch_size", True, "a whole number"),
+        ("batch_size", 0, '"auto" or at least 1'),
+        ("eval_every", "often", '"auto" or a whole number'),
+        ("batch_size", 1.5, '"auto" or a whole number'),
+        ("batch_size", True, '"auto" or a whole number'),
         ("use_moe", 1, "True or False"),
         ("dataset", 3, "text"),
         ("dataset", " ", "text that is not empty"),

@@ -12,7 +12,6 @@ from engine.steps import (
     StepLoader,
     StepSampler,
     count_targets,
-    due,
     output_sums,
     rank_batches,
     validation_loader,

@@ -61,5 +61,5 @@ def test_a_run_ends_in_time_and_a_resumed_one_takes_the_same_steps(tmp_path, cap
 
 
 def test_no_time_for_a_single_step_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="time_limit='0.001s' leaves no time for a step"):
+    with pytest.raises(ValueError, match=r"time_limit='0\.001s' leaves no time for a step"):
         train(wandb_config=pretrain_config(tmp_path, time_limit="0.001s"))
