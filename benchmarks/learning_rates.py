@@ -24,7 +24,7 @@ from engine.settings import parse_value
 from engine.tracker import read_metrics
 
 MODEL = {"d_model": 192, "n_heads": 4, "n_layers": 6, "d_ff": 512, "vocab_size": 4096}  # 3.4 M
-RUN = {"max_seq_len": 256, "batch_size": 4, "num_epochs": 100, "validation_tokens": 65_536}
+RUN: dict = {"max_seq_len": 256, "batch_size": 4, "num_epochs": 100, "validation_tokens": 65_536}
 RUN |= {"eval_every": 0, "sample_every": 0, "save_every": 0, "log_every": 50, "num_workers": 0}
 RUN |= {"mixed_precision": "no", "resume": False, "tokenizer_megabytes": 30}
 

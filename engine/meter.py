@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 
 import psutil
 import torch
@@ -53,7 +53,7 @@ class Meter:
 
     def start(self):
         self.started, self._paused = time.perf_counter(), 0.0
-        self.spent: Counter = Counter()  # seconds of each kind of pause
+        self.spent: dict[str, float] = defaultdict(float)  # seconds of each kind of pause
         self.last_cost: dict[str, float] = {}  # seconds of the last pause of each kind
         self._mark = (self.started, self.tokens_seen)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -30,8 +31,8 @@ class Run:
     when: dict = field(default_factory=dict)  # name -> [(step, time)]
 
     def go(self) -> "Run":
-        loader = SimpleNamespace(total_steps=self.total, start_step=0)
-        meter = SimpleNamespace(spent=Counter(), last_cost={}, started=self.now)
+        loader: Any = SimpleNamespace(total_steps=self.total, start_step=0)
+        meter: Any = SimpleNamespace(spent=Counter(), last_cost={}, started=self.now)
         cadence = Cadence(self.config, loader, meter, cpu_runtime(), clock=lambda: self.now)
         self.spent, started = meter.spent, self.now
         for step in range(1, self.total + 1):
