@@ -99,11 +99,14 @@ class ConversationRecipe:
     def encode(self, conversations: list[list[dict]], counts: Counter) -> list:
         """(ids, labels) of each."""
         rendered = self.renderer.render(conversations)
-        counts["replies cut"] += sum([truncate(turns, self.max_length) for turns in rendered])
+        lengths = [total_length(turns) for turns in rendered]
+        for number in [n for n, length in enumerate(lengths) if length > self.max_length]:
+            counts["replies cut"] += truncate(rendered[number], self.max_length)
+            lengths[number] = total_length(rendered[number])
         # All at once: an array of its own for each conversation costs more than its tokens.
         ids, mask = flatten([turn for turns in rendered for turn in turns])
         labels = np.where(mask, ids.astype(np.int32), np.int32(IGNORE_INDEX))
-        ends = np.cumsum([total_length(turns) for turns in rendered])
+        ends = np.cumsum(lengths)
         targets = np.add.reduceat(mask, ends - np.diff(ends, prepend=0), dtype=np.int64)
         examples: list = []
         start = 0
