@@ -100,8 +100,9 @@ class ConversationRecipe:
         """(ids, labels) of each."""
         rendered = self.renderer.render(conversations)
         lengths = [total_length(turns) for turns in rendered]
-        for number in [n for n, length in enumerate(lengths) if length > self.max_length]:
-            counts["replies cut"] += truncate(rendered[number], self.max_length)
+        long = [number for number, length in enumerate(lengths) if length > self.max_length]
+        counts["replies cut"] += sum(truncate(rendered[n], self.max_length) for n in long)
+        for number in long:
             lengths[number] = total_length(rendered[number])
         # All at once: an array of its own for each conversation costs more than its tokens.
         ids, mask = flatten([turn for turns in rendered for turn in turns])
