@@ -110,11 +110,11 @@ def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, 
         return "".join(draw.choices(words, k=200))
 
     records = {
-        PRETRAIN: lambda: {"text": text()},
-        SFT: lambda: {"instruction": text(), "response": text()},
-        DPO: lambda: {"instruction": text(), "chosen": text(), "rejected": text()},
+        PRETRAIN.script: lambda: {"text": text()},
+        SFT.script: lambda: {"instruction": text(), "response": text()},
+        DPO.script: lambda: {"instruction": text(), "chosen": text(), "rejected": text()},
     }
-    path = write_records(tmp_path / f"a{suffix}", [records[stage]() for _ in range(6000)])
+    path = write_records(tmp_path / f"a{suffix}", [records[stage.script]() for _ in range(6000)])
     folder = tmp_path / "tokenizer"
     tokenizer = train_tokenizer((text() for _ in range(500)), 400)
     tokenizer.save_pretrained(folder)
@@ -122,11 +122,11 @@ def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, 
     config |= {"dataset": str(path), "init_from": str(folder), stage.length_key: 512}
     found = plan.estimate_data(stage, config, 400)
     prepare = {
-        PRETRAIN: lambda **o: prepare_data(str(folder), str(path), 512, **o),
-        SFT: lambda **o: prepare_sft_data(tokenizer, str(path), 512, **o),
-        DPO: lambda **o: prepare_dpo_data(tokenizer, str(path), 512, **o),
+        PRETRAIN.script: lambda **o: prepare_data(str(folder), str(path), 512, **o),
+        SFT.script: lambda **o: prepare_sft_data(tokenizer, str(path), 512, **o),
+        DPO.script: lambda **o: prepare_dpo_data(tokenizer, str(path), 512, **o),
     }
-    prepare[stage](cache_dir=tmp_path / "cache")
+    prepare[stage.script](cache_dir=tmp_path / "cache")
     [kept] = (tmp_path / "cache").glob("*/statistics.json")
     tokens = json.loads(kept.read_text())["tokens"]
     assert found.tokens == pytest.approx(tokens, rel=0.03)

@@ -65,9 +65,9 @@ def runs(tmp_path_factory, base_model, muon_in_fp32) -> dict[tuple, tuple[Path, 
     autos = {"sample_every": "auto", "save_every": "auto"}  # the first rank's clock decides
     jobs = {
         "dense": ("train_llm", pretrain_config(folder, **samples, **twos)),
-        "muon": ("train_llm", pretrain_config(folder, **twos, **autos, optimizer="muon")),
+        "muon": ("train_llm", pretrain_config(folder, **twos, optimizer="muon")),
         # Its balance depends on the micro-batches. Of fours also an epoch's last step has the same.
-        "moe": ("train_llm", pretrain_config(folder, use_moe=True, moe_d_ff=32)),
+        "moe": ("train_llm", pretrain_config(folder, use_moe=True, moe_d_ff=32, **autos)),
         "sft": ("sft_train", sft_config(folder, base_model, **samples, **twos)),
         "dpo": ("dpo_train", dpo_config(folder, base_model, **samples, **twos)),
         "handed on": ("train_llm", pretrain_config(folder, **twos, optimizer="muon", save_every=3)),
