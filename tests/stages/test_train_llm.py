@@ -213,8 +213,8 @@ def test_init_from_continues_with_another_models_weights_and_tokenizer(tmp_path,
 
 BAD = {
     "unknown key": ({"learning_rat": 1e-3}, "unknown key 'learning_rat'.*'learning_rate'"),
-    "wrong type": ({"batch_size": "many"}, "batch_size='many' must be "auto" or a whole number"),
-    "zero": ({"batch_size": 0}, "batch_size=0 must be "auto" or at least 1"),
+    "wrong type": ({"batch_size": "many"}, "batch_size='many' must be \"auto\" or a whole number"),
+    "zero": ({"batch_size": 0}, 'batch_size=0 must be "auto" or at least 1'),
     "choice": ({"mixed_precision": "fp8"}, "mixed_precision='fp8' must be one of"),
     "heads": ({"d_model": 30, "n_heads": 4}, "d_model=30 is not divisible by n_heads=4"),
     "odd head": ({"d_model": 30, "n_heads": 2}, "head_dim=15"),
