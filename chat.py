@@ -21,9 +21,14 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from engine.model_folder import check_model_folder, fast_inference, open_model_folder
+from engine.model_folder import (
+    check_model_folder,
+    fast_inference,
+    is_chat_model,
+    open_model_folder,
+)
 from engine.runs import find_newest_final
-from tokenizer import IM_END
+from tokenizer import encode_plain
 
 COLUMN = 48  # characters of one side of --compare
 
@@ -34,8 +39,7 @@ class Chat:
     def __init__(self, folder: str, sampling: dict, seed: int | None, system: str | None):
         self.folder, self.sampling, self.seed = folder, sampling, seed
         self.model, self.tokenizer = open_model_folder(folder)
-        # Pre-training ends documents with one token, fine-tuning ends turns with another.
-        self.is_chat_model = self.tokenizer.eos_token == IM_END
+        self.is_chat_model = is_chat_model(self.model.config, self.tokenizer)
         self.start = [{"role": "system", "content": system}] if system else []
         self.clear()
 
@@ -46,7 +50,9 @@ class Chat:
         """(1, tokens) that fit into the context with the reply. The oldest turns are left out."""
         room = max(16, self.model.config.max_seq_len - self.sampling["max_new_tokens"])
         if not self.is_chat_model:
-            return self.tokenizer(text, return_tensors="pt")["input_ids"][:, -room:]
+            # As in training: without the tokens that some tokenizers put before every text.
+            ids = encode_plain(self.tokenizer, [text])
+            return torch.tensor(ids, dtype=torch.long)[:, -room:]
         self.messages.append({"role": "user", "content": text})
         while True:
             encoded = self.tokenizer.apply_chat_template(

@@ -119,7 +119,7 @@ def train_dpo(
     config["init_from"] = str(before)
 
     # 2. Run folder: a new one, or an unfinished one to resume
-    run = runs.open_run("dpo", run_name, config, rt)
+    run = runs.open_run("dpo", run_name, config, rt, cache.contents_of)
     if run.final.exists():
         rt.say(f"{run.final} is finished already: nothing to do.")
         return str(run.final)

@@ -6,26 +6,29 @@ python evaluate.py --model checkpoints/sft/…/final --data my.jsonl
 """
 
 import argparse
-import csv
-import io
 import json
 import math
-import re
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from corpus.documents import iter_documents
-from corpus.readers import find_files, input_error, iter_records, read_text
+from corpus.exam import (
+    EXAMPLES,
+    LETTERS,
+    Question,
+    opening,
+    read_questions,
+    render_question,
+    render_words,
+)
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
 from engine.runs import find_newest_final
 from tokenizer import encode_plain, token_byte_lengths
 
-LETTERS = "ABCDEFGH"
 BATCH_TOKENS = 8192  # of one forward pass
 
 
@@ -116,97 +119,31 @@ def _in_batches(items, size: int):
         yield batch
 
 
-@dataclass
-class Question:
-    subject: str
-    text: str
-    options: list[str]
-    answer: int  # index into options
-
-
-def read_questions(path: str) -> list[Question]:
-    """C-Eval / CMMLU style CSV (question, A, B, C, D, answer) or JSON records of the same keys.
-
-    JSON may also have `options` or `choices`, a list, and `answer` as a letter or an index. The
-    subject is a `subject` column, else the file's name.
-
-    Raises:
-        ValueError: naming file and line.
-    """
-    questions = []
-    paths = [Path(path)] if Path(path).suffix == ".csv" else _question_files(path)
-    for file in paths:
-        records = _iter_csv(file) if file.suffix == ".csv" else iter_records(file)
-        subject = re.sub(r"[_-](val|test|dev)$", "", file.name.split(".")[0])
-        for line, record in records:
-            questions.append(_parse_question(record, subject, file, line))
-    if not questions:
-        raise ValueError(f"{path}: no questions; expected rows of question, A, B, … and answer.")
-    return questions
-
-
-def _question_files(path: str) -> list[Path]:
-    if Path(path).is_dir() and (found := sorted(Path(path).rglob("*.csv"))):
-        return found
-    return find_files(path)
-
-
-def _iter_csv(path: Path):
-    reader = csv.DictReader(io.StringIO(read_text(path)))
-    for record in reader:
-        yield reader.line_num, {(k or "").strip().lower(): v for k, v in record.items()}
-
-
-def _parse_question(record, subject: str, path: Path, line: int) -> Question:
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise input_error(path, line, f"a question must be an object, found {kind}.")
-    record = {str(key).lower(): value for key, value in record.items()}
-    options = record.get("options", record.get("choices"))
-    if options is None:
-        letters = [letter for letter in LETTERS if record.get(letter.lower()) not in (None, "")]
-        options = [str(record[letter.lower()]) for letter in letters]
-    answer = record.get("answer")
-    if isinstance(answer, str) and answer.strip().upper() in LETTERS:
-        answer = LETTERS.index(answer.strip().upper()) if answer.strip() else None
-    valid = isinstance(answer, int) and 0 <= answer < len(options)
-    if "question" not in record or len(options) < 2 or not valid:
-        raise input_error(
-            path,
-            line,
-            f"expected question, A, B, … (or options) and answer; found {record}"[:300] + ".",
-        )
-    name = str(record.get("subject") or subject)
-    return Question(name, str(record["question"]), [str(option) for option in options], answer)
-
-
-def render_question(question: Question, with_answer: bool) -> str:
-    lines = [question.text]
-    lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, question.options, strict=False)]
-    lines.append("答案：" + (LETTERS[question.answer] + "\n\n" if with_answer else ""))
-    return "\n".join(lines)
-
-
 def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_length: int):
     """Accuracy by the options' summed and by their length-normalised log-probs.
 
-    The option is its letter, or with by_text its words (then the letters are not shown). The first
-    `shots` questions of a subject are shown solved before each other one and not scored.
+    The option is its letter, or with by_text its words (then the letters are not shown). Before
+    each question `shots` of its subject are shown solved: those of its dev split, else the first
+    of the subject. They are not scored.
     """
     by_subject = defaultdict(list)
     for question in questions:
         by_subject[question.subject].append(question)
     scored, windows = [], []
+    shortened: Counter = Counter()
     for subject, group in by_subject.items():
-        examples, asked = group[:shots], group[shots:]
-        prefix = "".join(_render(q, by_text, True) for q in examples)
+        examples, asked = examples_of(group, shots)
         for question in asked:
-            context = encode_plain(tokenizer, [prefix + _render(question, by_text, False)])[0]
             texts = question.options if by_text else LETTERS[: len(question.options)]
-            for option in encode_plain(tokenizer, list(texts)):
+            encoded = encode_plain(tokenizer, list(texts))
+            room = max_length - max(map(len, encoded))
+            context = fit_examples(tokenizer, examples, question, by_text, room, shortened)
+            for option in encoded:
                 ids = (context + option)[-max_length:]
                 windows.append((ids, max(1, len(ids) - len(option))))
             scored.append((subject, question))
+    for problem, count in shortened.items():
+        print(f"{count:,} of {len(scored):,} questions {problem}.", flush=True)
     with Progress("Evaluating", len(windows), "option") as progress:
         log_probs = iter(window_log_probs(model, windows, progress=progress))
     rights: dict[str, dict[str, list]] = defaultdict(
@@ -226,12 +163,29 @@ def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_
     return rights
 
 
-def _render(question: Question, by_text: bool, with_answer: bool) -> str:
-    if not by_text:
-        return render_question(question, with_answer)
-    return f"{question.text}\n答案：" + (
-        question.options[question.answer] + "\n\n" if with_answer else ""
-    )
+def examples_of(group: list[Question], shots: int) -> tuple[list[Question], list[Question]]:
+    """(solved examples, questions to score) of one subject."""
+    examples = [question for question in group if question.split == EXAMPLES]
+    asked = [question for question in group if question.split != EXAMPLES]
+    if examples and asked:
+        return examples[:shots], asked
+    return group[:shots], group[shots:]
+
+
+def fit_examples(tokenizer, examples, question, by_text: bool, room: int, shortened) -> list[int]:
+    """Ids of a prompt with as many examples as fit into `room` tokens. Counts what did not."""
+    render = render_words if by_text else render_question
+    start = "" if by_text else opening(question)
+    for shown in range(len(examples), -1, -1):
+        prompt = start + "".join(render(example, True) for example in examples[:shown])
+        ids = encode_plain(tokenizer, [prompt + render(question, False)])[0]
+        if len(ids) <= room:
+            break
+    if shown < len(examples):
+        shortened[f"are shown fewer than {len(examples)} examples: the context is full"] += 1
+    if len(ids) > room:
+        shortened["are longer than the context: their beginning is cut"] += 1
+    return ids
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:

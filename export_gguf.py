@@ -2,8 +2,10 @@
 
     python export_gguf.py checkpoints/dpo/…/final model.gguf --dtype q8_0
 
-Needs `pip install gguf`. llama.cpp's own converter refuses a tokenizer that it does not know. This
-one is known to split text as Qwen2's does, and the file says so (`tokenizer.ggml.pre = qwen2`).
+    python export_gguf.py checkpoints/dpo/…/final model.gguf --modelfile    and ollama's Modelfile
+
+Needs `pip install gguf`. llama.cpp's own converter refuses a tokenizer that it does not know. Here
+one is known by how it splits text, and the file says so (`tokenizer.ggml.pre`, such as qwen2).
 """
 
 import argparse
@@ -15,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.model_folder import open_model_folder
-from tokenizer import IM_END, QWEN2_SPLIT
+from engine import llama_cpp
+from engine.model_folder import is_chat_model, open_model_folder
+from tokenizer import IM_END
 
 DTYPES = ("f32", "f16", "q8_0")
 LAYER_NAMES = {  # Qwen3's -> llama.cpp's
@@ -81,23 +84,22 @@ def write_hyper_parameters(writer, config):
 
 
 def write_tokenizer(writer, tokenizer, vocab_size: int):
-    """Tokens, types, merges, special ids, chat template.
+    """Tokens, types, merges, special ids, chat templates.
 
     Raises:
-        ValueError: the tokenizer is not a byte-level BPE that splits text as Qwen2's does.
+        ValueError: llama.cpp does not know how the tokenizer splits text.
     """
     import gguf
 
+    split = llama_cpp.pre_name(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    if backend["model"]["type"] != "BPE" or QWEN2_SPLIT not in json.dumps(
-        backend["pre_tokenizer"], ensure_ascii=False
-    ).replace("\\\\", "\\"):
-        raise ValueError(
-            "Only byte-level BPE tokenizers with Qwen2's split can be exported, such as those "
-            "that tokenizer.py trains."
-        )
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    types = [gguf.TokenType.NORMAL] * len(tokens)
+    # A published vocabulary may leave out numbers between its tokens.
+    vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+    tokens = [vocabulary.get(index, f"[PAD{index}]") for index in range(max(vocabulary) + 1)]
+    types = [
+        gguf.TokenType.NORMAL if index in vocabulary else gguf.TokenType.UNUSED
+        for index in range(len(tokens))
+    ]
     for index, token in tokenizer.added_tokens_decoder.items():
         kind = gguf.TokenType.CONTROL if token.special else gguf.TokenType.USER_DEFINED
         tokens[index], types[index] = token.content, kind
@@ -106,7 +108,7 @@ def write_tokenizer(writer, tokenizer, vocab_size: int):
         types.append(gguf.TokenType.UNUSED)
     merges = [m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
@@ -114,9 +116,7 @@ def write_tokenizer(writer, tokenizer, vocab_size: int):
     writer.add_eot_token_id(tokenizer.convert_tokens_to_ids(IM_END))
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
-    # The markers around an assistant's words are Hugging Face's. llama.cpp does not know them.
-    template = re.sub(r"{%-? *(end)?generation *-?%}", "", tokenizer.chat_template)
-    writer.add_chat_template(template)
+    writer.add_chat_template(llama_cpp.gguf_templates(tokenizer))
 
 
 def as_numpy(name: str, tensor: torch.Tensor, dtype: str):
@@ -132,12 +132,14 @@ def as_numpy(name: str, tensor: torch.Tensor, dtype: str):
     return gguf.quants.quantize(array, kind), kind
 
 
-def export(folder: str, output: str, dtype: str = "f16") -> Path:
+def export(folder: str, output: str, dtype: str = "f16", modelfile: bool = False) -> Path:
     """Write `output` whole or not at all. Returns its path.
 
+    modelfile: also write a Modelfile for ollama beside it.
+
     Raises:
-        ValueError: the folder has no model, llama.cpp cannot know its tokenizer, or gguf is not
-            installed.
+        ValueError: the folder has no model, llama.cpp cannot know its tokenizer, gguf is not
+            installed, or another Modelfile is there.
     """
     try:
         import gguf
@@ -147,6 +149,8 @@ def export(folder: str, output: str, dtype: str = "f16") -> Path:
     if not target.parent.is_dir() or target.is_dir():
         raise ValueError(f"{output}: name a file in a folder that exists.")
     model, tokenizer = open_model_folder(folder)
+    if modelfile:
+        write_modelfile(target, model.config, tokenizer)
     writer = gguf.GGUFWriter(temporary, "qwen3moe" if model.config.use_moe else "qwen3")
     try:
         writer.add_name(Path(folder).resolve().parent.name)
@@ -167,17 +171,31 @@ def export(folder: str, output: str, dtype: str = "f16") -> Path:
     return target
 
 
+def write_modelfile(target: Path, config, tokenizer):
+    """With it `ollama create` needs to guess nothing."""
+    stops = tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id])
+    is_chat = is_chat_model(config, tokenizer)
+    text = llama_cpp.modelfile(target.name, is_chat, config.max_seq_len, stops)
+    path = target.with_name("Modelfile")
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} is there already and says something else: move it away.")
+    path.write_text(text, encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Write a checkpoint as a GGUF file.")
     parser.add_argument("folder", help="a final folder")
     parser.add_argument("output", help="the .gguf file to write")
     parser.add_argument("--dtype", choices=DTYPES, default="f16")
+    parser.add_argument("--modelfile", action="store_true", help="also ollama's, beside it")
     arguments = parser.parse_args()
     try:
-        path = export(arguments.folder, arguments.output, arguments.dtype)
+        path = export(arguments.folder, arguments.output, arguments.dtype, arguments.modelfile)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"{path}: {path.stat().st_size / 2**20:,.1f} MiB")
+    if arguments.modelfile:
+        print(f"{path.with_name('Modelfile')}: `ollama create my-llm -f` this file")
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
         # If padding were the EOS token, the loss would ignore EOS as it ignores padding.
         free = END_OF_TEXT in vocabulary and tokenizer.eos_token != END_OF_TEXT
         tokenizer.add_special_tokens({"pad_token": END_OF_TEXT if free else PAD_TOKEN})
+    _add_no_space(tokenizer)
     missing = [token for token in (IM_START, IM_END) if token not in vocabulary]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
@@ -153,6 +154,36 @@ def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToke
     if "{% generation %}" not in template or template.startswith(OLDER_TEMPLATE):
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def _add_no_space(tokenizer: PreTrainedTokenizerBase):
+    """Let a SentencePiece tokenizer take a text as it is.
+
+    It puts a space before a text, and drops one when it decodes. A message that is encoded by
+    itself would begin with other ids than in a conversation that is rendered as a whole.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = ("normalizer", "pre_tokenizer", "decoder")
+    if backend is None or not any("▁" in repr(getattr(backend, part)) for part in parts):
+        return
+    stored = json.loads(backend.to_str())
+    empty = json.loads(Tokenizer(models.BPE()).to_str())
+    plain = Tokenizer.from_str(json.dumps(empty | {part: _plain(stored[part]) for part in parts}))
+    for part in parts:
+        setattr(backend, part, getattr(plain, part))
+    vars(tokenizer)["add_prefix_space"] = False  # is saved: Llama's class makes these parts anew
+    tokenizer.init_kwargs["add_prefix_space"] = False
+
+
+def _plain(step: dict | None) -> dict | None:
+    """A step of tokenizer.json that adds no space before a text and drops none."""
+    if step is None or step["type"] == "Prepend" or (step["type"] == "Strip" and "content" in step):
+        return None
+    for name in ("normalizers", "pretokenizers", "decoders"):  # of a Sequence
+        if name in step:
+            inner = [kept for one in step[name] if (kept := _plain(one))]
+            return step | {name: inner} if inner else None
+    return step | {"prepend_scheme": "never"} if "prepend_scheme" in step else step
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedTokenizerFast:

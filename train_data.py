@@ -34,6 +34,7 @@ from corpus.packing import (
 )
 from corpus.preparation import chosen_texts
 from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.llama_cpp import pre_name
 from engine.progress import Progress
 from engine.report import print_lines
 from tokenizer import create_tokenizer, tokenizer_identity, train_tokenizer
@@ -84,7 +85,17 @@ def prepare_data(
         splits, counts = cache.cached_splits("pretrain", data, make_recipe, settings)
     splits = _both_splits(splits, data, max_seq_len, counts)
     print(describe(counts, splits, data.name), flush=True)
+    if tokenizer_path:
+        _say_if_not_exportable(tokenizer)
     return splits, tokenizer
+
+
+def _say_if_not_exportable(tokenizer: PreTrainedTokenizerBase):
+    """Before training, and not when the trained model is to be exported."""
+    try:
+        pre_name(tokenizer)
+    except ValueError as problem:
+        print(f"export_gguf.py will refuse this tokenizer. {problem}", flush=True)
 
 
 def cached_tokenizer(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float):

@@ -108,7 +108,7 @@ def train(
     guards.check_memory(make_model_config(config, config["vocab_size"]))  # before any work
 
     # 2. Run folder: a new one, or an unfinished one to resume
-    run = runs.open_run("pretrain", run_name, config, rt)
+    run = runs.open_run("pretrain", run_name, config, rt, cache.contents_of)
     if run.final.exists():
         rt.say(f"{run.final} is finished already: nothing to do.")
         return str(run.final)

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from corpus.choice import Index, choose
 from corpus.preparation import Corpus, Recipe, read_index, write_rows
-from corpus.sources import datasets_of, find_data
+from corpus.sources import datasets_of, find_data, is_remote
 from engine.disk import ScratchFolder, atomic_folder, cache_lock, settings_hash, write_whole
 from engine.identity import content_hash
 from tokenizer import token_byte_lengths
 
 SPLITS = ("train", "validation")
+MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}  # of a model or a tokenizer
 # Keys of wandb_config, equal in the three stages.
 KEYS = ("validation_tokens", "max_dataset_bytes", "num_proc", "verify_data")
 
@@ -49,6 +50,30 @@ def options_of(config: dict) -> dict:
     """The options among the keys of a stage's wandb_config."""
     chosen = {key: config[key] for key in KEYS}
     return chosen | {"cache_dir": f"{config['output_dir']}/cache"}
+
+
+def contents_of(config: dict) -> dict[str, str]:
+    """Hashes of the bytes that a stage's keys name, where they lie here: data, model, tokenizer.
+
+    A name on the Hub is its own identity: what was fetched for it is remembered.
+
+    Raises:
+        ValueError: there is no such data.
+    """
+    cache_dir, verify = Path(config["output_dir"]) / "cache", config["verify_data"]
+    contents = {}
+    for key in (
+        ("dataset", "pretrain_dataset") if config.get("pretrain_mix_ratio") else ("dataset",)
+    ):
+        chosen = datasets_of(config[key])
+        if not any(is_remote(name) for name, _ in chosen):
+            hashes = [content_hash(find_data(name), cache_dir, verify) for name, _ in chosen]
+            contents[key] = settings_hash(hashes, [weight for _, weight in chosen])
+    for key in ("init_from", "tokenizer_path"):
+        if config.get(key) and Path(config[key]).is_dir():
+            files = [path for path in Path(config[key]).iterdir() if path.suffix in MODEL_FILES]
+            contents[key] = content_hash(sorted(files), cache_dir, verify)
+    return contents
 
 
 class Data:

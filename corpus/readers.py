@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow.parquet
+import pyarrow
 
+from corpus.folders import choose_files
 from corpus.json_array import ArrayReader
+from corpus.tables import open_arrow, open_parquet
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-FORMATS = (".jsonl", ".json", ".txt", ".parquet")
+FORMATS = (".jsonl", ".json", ".txt", ".parquet", ".arrow")
+TABLES = {".parquet": ("parquet", open_parquet), ".arrow": ("Arrow", open_arrow)}
 PORTION = 4_000_000  # bytes of records that are read, handed to a process and handled at a time
 TEXT_BLOCK = 1_000_000  # characters; a longer .txt without blank lines is cut at a line end
 
@@ -51,17 +54,23 @@ def is_local(dataset: str) -> bool:
     return has_ending or glob.has_magic(dataset) or Path(dataset).exists()
 
 
-def find_files(dataset: str) -> list[Path]:
+def find_files(dataset: str, every_split: bool = False) -> list[Path]:
     """The data files of a file name, a folder (with its subfolders) or a glob, sorted.
+
+    Args:
+        every_split: of a folder with a train split, the others too.
 
     Raises:
         ValueError: there is none, or one has a format that cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and format_of(p)]
+        there = [p for p in path.rglob("*") if p.is_file()]
+        known = [p for p in there if format_of(p)]
+        found = choose_files(path, known, every_split, set(there) - set(known))
     elif glob.has_magic(dataset) and not path.exists():
-        found = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+        matched = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+        found = choose_files(path.parent, matched, every_split=True) or sorted(matched)
     else:
         found = [path]
     if not found:
@@ -101,7 +110,7 @@ class Portion:
 
 
 class TablePortion(Portion):
-    """Rows of a parquet file."""
+    """Rows of a table."""
 
     def records(self) -> Iterator[tuple[int, Any]]:
         rows = (row for batch in self.content for row in batch.to_pylist())
@@ -124,8 +133,8 @@ def iter_portions(path: Path) -> Iterator[Portion]:
     """The records of one file in portions of PORTION bytes. Errors as in iter_records."""
     kind = format_of(path)
     with open(path, "rb") as stored:
-        if kind == ".parquet":
-            yield from _iter_parquet(path, stored)
+        if kind in TABLES:
+            yield from _iter_table(path, stored, *TABLES[kind])
         elif kind == ".txt":
             yield from _group(path, _iter_paragraphs(path, stored), stored.tell)
         elif kind == ".json":
@@ -273,29 +282,18 @@ def _iter_paragraphs(path: Path, stored: BinaryIO) -> Iterator[tuple[int, str]]:
         yield start, "".join(lines).rstrip("\r\n")
 
 
-def _iter_parquet(path: Path, stored: BinaryIO) -> Iterator[Portion]:
+def _iter_table(path: Path, stored: BinaryIO, name: str, open_table) -> Iterator[Portion]:
     source: Any = path
     if path.suffix in COMPRESSIONS:
         source = pyarrow.BufferReader(b"".join(line for _, line in _iter_raw_lines(path, stored)))
     try:
-        file = pyarrow.parquet.ParquetFile(source)
-        row = 0
-
-        def batches():
-            nonlocal row
-            for batch in file.iter_batches(batch_size=256):
-                yield row + 1, batch
-                row += len(batch)
-
-        def position() -> int:
-            return path.stat().st_size * row // max(file.metadata.num_rows, 1)
-
-        yield from _group(path, batches(), position, TablePortion)
+        batches, position = open_table(source, path.stat().st_size, PORTION // 4)
+        yield from _group(path, batches, position, TablePortion)
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise
         cause = " ".join(str(error).split())
-        raise input_error(path, None, f"not a readable parquet file ({cause}).") from error
+        raise input_error(path, None, f"not a readable {name} file ({cause}).") from error
 
 
 def read_text(path: Path) -> str:

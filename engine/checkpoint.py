@@ -121,6 +121,7 @@ def save_final(run, model, tokenizer, rt: Runtime) -> Path:
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
     )
+    model.config.training_stage = run.stage  # by it chat.py knows a base model from a chat model
     with atomic_folder(run.final) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tokenizer.save_pretrained(folder)

@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from engine.runtime import fast_dtype
 from models import CustomLLM
-from tokenizer import create_tokenizer
+from tokenizer import IM_END, create_tokenizer
 
 
 def load_model_folder(path, tokenizer, dropout: float, max_length: int, say) -> CustomLLM:
@@ -58,6 +58,16 @@ def open_model_folder(path: str):
     module: torch.nn.Module = model.eval()
     module.to(device)
     return model, tokenizer
+
+
+def is_chat_model(config, tokenizer) -> bool:
+    """Whether a model answers through a chat template, and does not continue the text.
+
+    A final folder says which stage trained it. Of another folder the end token tells: a chat model
+    ends its turns, a base model ends documents.
+    """
+    stage = getattr(config, "training_stage", None)
+    return stage != "pretrain" if stage else tokenizer.eos_token == IM_END
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,29 +47,42 @@ class Run:
     lock: BaseFileLock | None = None
 
     @property
+    def stage(self) -> str:
+        return self.folder.parent.name
+
+    @property
     def final(self) -> Path:
         """A plain Hugging Face folder, there when the run is finished."""
         return self.folder / "final"
 
 
-def open_run(stage: str, run_name: str | None, config: dict, rt: Runtime) -> Run:
+def open_run(
+    stage: str,
+    run_name: str | None,
+    config: dict,
+    rt: Runtime,
+    contents: Callable[[dict], dict[str, str]] = lambda config: {},
+) -> Run:
     """Take the run folder to write to: a new one, or with resume "auto" one that was cut off.
 
     Without a name the newest unfinished run of the same configuration is resumed. If there is none,
     a folder named by the time is made. With a name that folder is taken.
 
+    contents: gives hashes of the bytes that keys of the configuration name, such as `dataset`. For
+        these keys the bytes are compared, and not where they lie.
+
     Raises:
         RunError: it is finished, of another configuration, in use or not writable.
     """
     config = config | {"num_processes": rt.world}
-    run = _open_run(stage, run_name, config) if rt.is_main else None
+    run = _open_run(stage, run_name, config, contents) if rt.is_main else None
     lock, run = (run.lock, replace(run, lock=None)) if run else (None, None)  # stays with its rank
     run = rt.from_main(run)
     run.lock = lock
     return run
 
 
-def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
+def _open_run(stage: str, run_name: str | None, config: dict, contents: Callable) -> Run:
     root = Path(config["output_dir"]) / stage
     where = f"output_dir {config['output_dir']!r}"
     try:
@@ -77,6 +91,7 @@ def _open_run(stage: str, run_name: str | None, config: dict) -> Run:
         raise RunError(f"{where}: {error.strerror}; choose another folder.") from error
     if not os.access(root, os.W_OK):
         raise RunError(f"{where}: no permission to write there; choose another folder.")
+    config = config | {"contents": contents(config)}
     if run_name is None:
         folder = _newest_unfinished(root, config) if config["resume"] else None
         folder = folder or _unused(root / time.strftime("%Y%m%d-%H%M%S"))
@@ -131,8 +146,25 @@ def _unused(folder: Path) -> Path:
 
 def _newest_unfinished(root: Path, config: dict) -> Path | None:
     unfinished = [f.parent for f in root.glob("*/run.json") if not (f.parent / "final").exists()]
-    same = [folder for folder in unfinished if not changed_keys(folder, config)]
-    return max(same, key=lambda folder: (folder / "run.json").stat().st_mtime, default=None)
+    unfinished.sort(key=lambda folder: (folder / "run.json").stat().st_mtime)
+    changes = {folder: changed_keys(folder, config) for folder in unfinished}
+    same = [folder for folder in unfinished if not changes[folder]]
+    if same:
+        return same[-1]
+    for folder in unfinished[::-1]:
+        if checkpoint.list_checkpoints(folder) and _same_contents(folder, config):
+            print(
+                f"Starting a new run. An unfinished one on the same bytes is {folder}; it differs "
+                f"in {'; '.join(changes[folder])}.",
+                flush=True,
+            )
+            break
+    return None
+
+
+def _same_contents(folder: Path, config: dict) -> bool:
+    contents = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("contents")
+    return bool(contents) and contents == config["contents"]
 
 
 def _check_may_take(folder: Path, config: dict):
@@ -154,14 +186,25 @@ def _check_may_take(folder: Path, config: dict):
 def changed_keys(folder: Path, config: dict) -> list[str]:
     """'key: old -> new' of every key that must be equal for an exact resume."""
     old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    keys = sorted((set(old) | set(config)) - FREE_KEYS - set(STEP_KEYS))
-    changed = [
-        f"{k}: {old.get(k)!r} -> {config.get(k)!r}" for k in keys if old.get(k) != config.get(k)
-    ]
+    keys = sorted((set(old) | set(config)) - FREE_KEYS - set(STEP_KEYS) - {"contents"})
+    has_begun = bool(checkpoint.list_checkpoints(folder))
+    changed = [change for key in keys if (change := _change(key, old, config, has_begun))]
     rows = [rows_per_step(settings) for settings in (old, config)]
     if rows[0] != rows[1]:
         changed.append(f"{' * '.join(STEP_KEYS)}: {rows[0]} -> {rows[1]}")
     return changed
+
+
+def _change(key: str, old: dict, config: dict, has_begun: bool) -> str:
+    """'key: old -> new', or '' where both are the same: the same bytes, where these are known."""
+    values = [settings.get(key) for settings in (old, config)]
+    hashes = [settings.get("contents", {}).get(key) for settings in (old, config)]
+    same_name = values[0] == values[1]
+    if None in hashes or (same_name and not has_begun):  # nothing was learned from other bytes
+        return "" if same_name else f"{key}: {values[0]!r} -> {values[1]!r}"
+    if hashes[0] == hashes[1]:
+        return ""
+    return f"{key}: {values[0]!r} -> {values[1]!r}" + " with other bytes" * same_name
 
 
 def rows_per_step(config: dict) -> int:

@@ -10,13 +10,11 @@ from tiny import sentences, tiny_model
 from transformers import AutoModelForCausalLM
 
 import evaluate
+from corpus.exam import Question, opening, read_questions, render_question
 from engine.model_folder import fast_inference, open_model_folder
 from evaluate import (
-    Question,
     bits_per_byte,
     multiple_choice,
-    read_questions,
-    render_question,
     sliding_windows,
     summarize_choices,
     wilson_interval,
@@ -90,6 +88,7 @@ def test_csv_and_json_questions_are_read_the_same(tmp_path):
     (tmp_path / "physics_val.csv").write_text(QUESTIONS, encoding="utf-8-sig")
     record = {
         "subject": "physics",
+        "split": "val",
         "question": "天？",
         "choices": ["地", "玄", "黄", "宇"],
         "answer": 1,
@@ -144,6 +143,49 @@ def test_shots_are_shown_solved_and_not_scored(tokenizer):
     assert {tokenizer.decode(ids) for ids in seen} == {shown + "一", shown + "二"}
     with pytest.raises(ValueError, match=r"No question is left to score after 3 .*: lower --shots"):
         multiple_choice(model, tokenizer, questions, 3, True, 512)
+
+
+def prompts_of(model) -> list:
+    seen: list = []
+    model.model.register_forward_hook(lambda module, args, output: seen.extend(args[0]))
+    return seen
+
+
+def test_shots_are_those_of_dev_under_the_opening_line_and_every_other_question_is_scored(
+    tokenizer,
+):
+    model = tiny_model(vocab_size=320).eval()
+    seen = prompts_of(model)
+    questions = [Question("law", "例？", ["甲", "乙"], 1, "dev") for _ in range(2)]
+    questions += [Question("law", f"问{i}？", ["甲", "乙"], 0, "val") for i in range(3)]
+    rights = multiple_choice(model, tokenizer, questions, 1, False, 512)
+    assert len(rights["law"]["summed"]) == 3
+    text = tokenizer.decode(seen[0], skip_special_tokens=False)
+    assert text.startswith(
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
+        "例？\nA. 甲\nB. 乙\n答案：B\n\n问"
+    )
+    assert text.count("例？") == 1
+
+
+def test_examples_that_do_not_fit_into_the_context_go_whole_and_are_counted(tokenizer, capsys):
+    model = tiny_model(vocab_size=320).eval()
+    seen = prompts_of(model)
+    questions = [Question("x", f"例{i}？", ["甲", "乙"], 1, "dev") for i in range(5)]
+    questions += [Question("x", "问？", ["甲", "乙"], 0, "val")]
+    one, two = (
+        len(encode_plain(tokenizer, ["".join(render_question(q, True) for q in questions[:n])])[0])
+        for n in (1, 2)
+    )
+    size = len(encode_plain(tokenizer, [render_question(questions[-1], False)])[0]) + 1
+    header = len(encode_plain(tokenizer, [opening(questions[0])])[0])
+    multiple_choice(model, tokenizer, questions, 5, False, header + size + (one + two) // 2)
+    assert tokenizer.decode(seen[0]).count("例") == 1
+    assert tokenizer.decode(seen[0]).startswith("以下是")
+    printed = capsys.readouterr().out
+    assert "1 of 1 questions are shown fewer than 5 examples: the context is full." in printed
+    multiple_choice(model, tokenizer, questions, 5, False, size)
+    assert "1 of 1 questions are longer than the context" in capsys.readouterr().out
 
 
 def test_the_interval_is_wilsons():

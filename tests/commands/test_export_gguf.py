@@ -5,12 +5,13 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
+from foreign import MAKERS
 from tiny import peer, pretrain_config
 from transformers import AutoTokenizer
 
 from export_gguf import export, gguf_tensors, main
-from models import CustomLLM
-from tokenizer import create_tokenizer
+from models import CustomLLM, CustomLLMConfig
+from tokenizer import create_tokenizer, encode_plain
 from train_llm import train
 
 gguf = pytest.importorskip("gguf", reason="an extra: pip install gguf")
@@ -86,6 +87,51 @@ def test_what_cannot_be_exported_is_one_clear_error(tmp_path, model_folder):
         export(str(tmp_path / "other"), str(tmp_path / "a.gguf"))
     assert not list(tmp_path.glob("a.gguf*"))
     assert torch.is_tensor(CustomLLM.from_pretrained(model_folder).lm_head.weight)
+
+
+def test_a_modelfile_is_written_beside_and_never_over_another(model_folder, tmp_path):
+    path = export(model_folder, str(tmp_path / "model.gguf"), modelfile=True)
+    text = path.with_name("Modelfile").read_text(encoding="utf-8")
+    assert text.startswith('FROM ./model.gguf\nTEMPLATE """{{ .Prompt }}"""\n'), "a base model"
+    assert 'PARAMETER stop "<|endoftext|>"' in text
+    export(model_folder, str(path), modelfile=True)
+    path.with_name("Modelfile").write_text("FROM llama3\n")
+    with pytest.raises(ValueError, match="Modelfile is there already and says something else"):
+        export(model_folder, str(path), modelfile=True)
+    assert path.with_name("Modelfile").read_text() == "FROM llama3\n"
+
+
+def export_untrained(folder, tokenizer) -> str:
+    """The GGUF file of a tiny model with this tokenizer."""
+    size = max(tokenizer.get_vocab().values()) + 1
+    config = CustomLLMConfig(size, d_model=64, n_heads=2, n_layers=1, d_ff=64, max_seq_len=128)
+    CustomLLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return str(export(str(folder / "model"), str(folder / "model.gguf"), "f32"))
+
+
+def test_the_gaps_of_a_vocabulary_are_unused_tokens(tmp_path):
+    folder = MAKERS["qwen2"](tmp_path / "tokenizer")
+    stored = json.loads((tmp_path / "tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+    last = max(stored["model"]["vocab"], key=stored["model"]["vocab"].get)
+    stored["model"]["vocab"][last] += 5
+    (tmp_path / "tokenizer/tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    tokenizer = create_tokenizer(model_path=folder)
+    reader = gguf.GGUFReader(export_untrained(tmp_path, tokenizer))
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    gap = stored["model"]["vocab"][last] - 2
+    assert tokens[gap] == f"[PAD{gap}]"
+    assert all(tokens[index] == name for name, index in tokenizer.get_vocab().items())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("name", ["minimind", "deepseek", "glm", "llama3", "qwen2"])
+def test_llama_cpp_splits_text_as_other_projects_tokenizers_do(tmp_path, name):
+    tokenizer = create_tokenizer(model_path=MAKERS[name](tmp_path / "tokenizer"))
+    llama = LlamaCpp(export_untrained(tmp_path, tokenizer))
+    for text in [*MIXED, "1234567 tests' we'LL 天地12 玄黄"]:
+        ids = encode_plain(tokenizer, [text])[0]
+        assert llama.tokenize(text, special=False) == ids, text
 
 
 def test_the_command_without_gguf_says_in_one_line_what_to_install(monkeypatch):

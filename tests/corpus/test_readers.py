@@ -20,7 +20,7 @@ JSON_LINES = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in
 ARRAY = json.dumps(RECORDS, ensure_ascii=False, indent=2).encode()
 
 
-NO_FILE = "no .jsonl, .json, .txt, .parquet file there (also .gz .bz2 .xz .zst)."
+NO_FILE = "no .jsonl, .json, .txt, .parquet, .arrow file there (also .gz .bz2 .xz .zst)."
 
 
 def parquet_bytes(records=RECORDS) -> bytes:
@@ -158,7 +158,7 @@ def test_names_of_files_and_names_on_the_hub_are_told_apart(tmp_path, monkeypatc
     [
         ("absent.jsonl", "no such file (looked from "),
         ("empty.jsonl", "the file is empty."),
-        ("a.docx", "unknown format; known: .jsonl .json .txt .parquet, compressed."),
+        ("a.docx", "unknown format; known: .jsonl .json .txt .parquet .arrow, compressed."),
         ("folder", NO_FILE),
         ("*.csv", NO_FILE),
     ],

@@ -107,16 +107,36 @@ def test_an_unreachable_wandb_stops_no_run(tmp_path, monkeypatch, capsys, error,
     assert printed.endswith("; wandb: offline\n")
 
 
-def test_an_account_is_seen_in_the_environment_and_in_netrc(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    netrc = tmp_path / ".netrc"
-    netrc.write_text("machine api.wandb.ai login user password secret\n")
-    netrc.chmod(0o600)
-    assert is_logged_in()
-    netrc.unlink()
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert is_logged_in()
+KEY = "0" * 40
+CLOUD, OWN, OTHER = "https://api.wandb.ai", "https://wandb.example.org", "https://other.org"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machine", "server", "key", "expected"),
+    [
+        ("api.wandb.ai", CLOUD, None, "True"),
+        ("wandb.example.org", OWN, None, "True"),
+        ("wandb.example.org", OTHER, None, "False"),
+        ("wandb.example.org", CLOUD, None, "False"),
+        ("nowhere", OWN, KEY, "True"),
+        ("nowhere", CLOUD, "too short", "True"),  # wandb.init then says what is wrong with it
+    ],
+)
+def test_an_account_is_asked_of_wandb_for_the_server_in_use(
+    tmp_path, run_python, monkeypatch, machine, server, key, expected
+):
+    """In a process of its own: wandb remembers what it has seen."""
+    (tmp_path / ".netrc").write_text(f"machine {machine} login user password {KEY}\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    for name, value in {"HOME": str(tmp_path), "WANDB_BASE_URL": server}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    done = run_python("from engine.tracker import is_logged_in; print(is_logged_in())")
+    assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
 # --- the log ----------------------------------------------------------------------------------

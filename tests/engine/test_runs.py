@@ -157,6 +157,23 @@ def test_a_key_that_is_new_or_gone_counts_as_changed(tmp_path):
     assert changed_keys(folder, config | {"new": 3}) == ["lr: 1 -> None", "new: None -> 3"]
 
 
+def test_of_what_has_known_bytes_the_bytes_are_compared_and_not_the_names(tmp_path):
+    def known(hash_: str):
+        return lambda config: {"dataset": hash_}
+
+    config = config_in(tmp_path, dataset="a.jsonl")
+    first = open_run("sft", None, config, ALONE, known("1"))
+    (first.folder / "step_00000001").mkdir()
+    moved = config | {"dataset": "b.jsonl", "contents": {"dataset": "1"}}
+    assert changed_keys(first.folder, moved) == []
+    [problem] = changed_keys(first.folder, moved | {"contents": {"dataset": "2"}})
+    assert problem == "dataset: 'a.jsonl' -> 'b.jsonl'"
+    [problem] = changed_keys(first.folder, config | {"contents": {"dataset": "2"}})
+    assert problem == "dataset: 'a.jsonl' -> 'a.jsonl' with other bytes"
+    unknown = changed_keys(first.folder, moved | {"contents": {}})
+    assert unknown == ["dataset: 'a.jsonl' -> 'b.jsonl'"], "a name on the Hub"
+
+
 def test_other_data_is_refused(tmp_path):
     run = open_run("sft", "run", config_in(tmp_path), ALONE)
     check_same_data(run, "b")
