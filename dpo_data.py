@@ -26,14 +26,14 @@ from corpus import cache
 from corpus.chat_format import Renderer, Turn, key_of, total_length, truncate
 from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit, row_types
-from corpus.readers import Dropped
-from corpus.records import to_pair
+from corpus.preparation import Parts
+from corpus.records import to_pairs
 from engine.report import print_lines
 from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
-CACHE_VERSION = 5  # raise it when the rows made from the same pairs change
+CACHE_VERSION = 6  # raise it when the rows made from the same pairs change
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -70,7 +70,8 @@ def prepare_dpo_data(
     print(
         f"Data {data.name}: {len(rows['train']):,} training + {len(rows['validation']):,} "
         f"validation pairs ({cache.dropped(counts)} dropped, "
-        f"{counts.get('answers cut', 0):,} answers cut)",
+        f"{counts.get('answers cut', 0):,} answers cut), "
+        f"{counts.get('shortened', 0):,} shortened to max_length",
         flush=True,
     )
     return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id, max_length)
@@ -94,13 +95,13 @@ class PairRecipe:
         lists = [(f"{name}_ids", pa.list_(kind)) for name in PARTS]
         self.schema = pa.schema([*lists, ("chosen_bytes", pa.int64())])
 
-    def parse(self, record) -> tuple[list[dict], str, str]:
-        prompt, chosen, rejected = to_pair(record)
-        if not chosen.strip() or not rejected.strip():
-            raise Dropped("empty answer")
-        if chosen.strip() == rejected.strip():
-            raise Dropped("equal answers")
-        return prompt, chosen, rejected
+    def parse(self, record) -> tuple[list[dict], str, str] | Parts:
+        pairs = to_pairs(record)
+        if len(pairs) == 1 and not _useless(pairs[0]):
+            return pairs[0]
+        counts = Counter(reason for pair in pairs if (reason := _useless(pair)))
+        usable = [pair for pair in pairs if not _useless(pair)]
+        return Parts(usable, {f"dropped: {reason}": count for reason, count in counts.items()})
 
     def identity(self, pair) -> str:
         prompt, chosen, rejected = pair
@@ -122,6 +123,7 @@ class PairRecipe:
         if total_length(turns) > self.max_length:  # of both answers, so that few are looked at
             longer, shorter = sorted((chosen, rejected), key=len, reverse=True)
             conversation = [*prompt, longer]
+            counts["shortened"] += total_length(conversation) > self.max_length
             counts["answers cut"] += truncate(conversation, self.max_length)
             prompt = conversation[:-1]
             counts["answers cut"] += truncate([*prompt, shorter], self.max_length)
@@ -150,6 +152,17 @@ class PairRecipe:
                 total = np.concatenate([[0], np.cumsum(self.byte_lengths[ids])])
                 chosen_bytes = total[ends[1:]] - total[ends[:-1]]
         return pa.record_batch([*columns, pa.array(chosen_bytes)], schema=self.schema)
+
+
+def _useless(pair: tuple[list[dict], str, str]) -> str:
+    """Why a pair is of no use; empty where it is."""
+    prompt, chosen, rejected = pair
+    is_blank = not prompt[-1]["content"].strip()  # it is the user's, or a tool's
+    if is_blank and not any(m["content"].strip() for m in prompt if m["role"] in ("user", "tool")):
+        return "no question"
+    if not chosen.strip() or not rejected.strip():
+        return "empty answer"
+    return "equal answers" if chosen.strip() == rejected.strip() else ""
 
 
 def reply(text: str) -> dict:

@@ -114,6 +114,7 @@ def train_dpo(
     config = settings.resolve(DEFAULTS, wandb_config)
     preference.check_loss_options(config)
     config["dataset"] = data_path or config["dataset"]
+    config["reference_model_path"] = reference_model_path  # another one is another run
     rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
     before = config["init_from"] or runs.find_final(config["output_dir"], "sft")
     config["init_from"] = str(before)
@@ -134,7 +135,7 @@ def train_dpo(
         cache.check_splits(splits, config["dataset"])
     fingerprint = cache.data_fingerprint(splits["train"])
     runs.check_same_data(run, fingerprint)
-    reference = reference_model_path or config["init_from"]
+    reference = config["reference_model_path"] or config["init_from"]
     trial = (trial_step(config), collate.full_batch)  # what a memory test runs
     shape = CustomLLMConfig.from_pretrained(config["init_from"])
     with guards.explain_oom(config, shape, *trial), rt.main_first():

@@ -18,17 +18,19 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from corpus import cache
-from corpus.chat_format import Renderer, flatten, key_of, total_length, truncate
+from corpus.chat_format import Renderer, flatten, key_of, teaches, total_length, truncate
 from corpus.packing import PackedCollator, best_fit, list_rows, list_schema, row_types
+from corpus.preparation import Parts
 from corpus.readers import Dropped
 from corpus.records import to_messages
+from corpus.transcripts import holds_transcript
 from engine.report import print_lines
 from engine.runs import find_final
 from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
-CACHE_VERSION = 5  # raise it when the rows made from the same conversations change
+CACHE_VERSION = 6  # raise it when the rows made from the same conversations change
 
 
 def prepare_sft_data(
@@ -82,13 +84,8 @@ class ConversationRecipe:
         labels = np.int16 if len(self.tokenizer) <= np.iinfo(np.int16).max else np.int32
         self.schema = list_schema(types | {"labels": labels})
 
-    def parse(self, record) -> list[dict]:
-        messages = to_messages(record)
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()  # a question without its answer teaches nothing
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            raise Dropped("no reply")
-        return messages
+    def parse(self, record) -> list[dict] | Parts:
+        return usable_part(to_messages(record))
 
     def identity(self, messages: list[dict]) -> str:
         return key_of(messages)
@@ -101,6 +98,7 @@ class ConversationRecipe:
         rendered = self.renderer.render(conversations)
         lengths = [total_length(turns) for turns in rendered]
         long = [number for number, length in enumerate(lengths) if length > self.max_length]
+        counts["shortened"] += len(long)
         counts["replies cut"] += sum(truncate(rendered[n], self.max_length) for n in long)
         for number in long:
             lengths[number] = total_length(rendered[number])
@@ -138,14 +136,51 @@ class ConversationRecipe:
         return list_rows([sum(lengths[i] for i in row) for row in rows], columns, self.schema)
 
 
+def usable_part(messages: list[dict]) -> list[dict] | Parts:
+    """A conversation up to its last reply to learn, with counts of what is no target in it.
+
+    Raises:
+        Dropped: it has no reply, or nothing stands before its replies.
+    """
+    turns = [(message["role"], message["content"]) for message in messages]
+    if _is_plain(turns):  # as nearly all are
+        return messages
+    targets = teaches(turns)
+    if True not in targets:
+        has_reply = any(m["role"] == "assistant" and m["content"].strip() for m in messages)
+        raise Dropped("no question" if has_reply else "no reply")
+    end = len(targets) - targets[::-1].index(True)
+    replies = [content for role, content in turns[:end] if role == "assistant"]
+    transcripts = sum(holds_transcript(content) for _, content in turns[:end])
+    empty = sum(not reply.strip() for reply in replies)
+    counts = {
+        "messages behind the last reply, left off": len(messages) - end,
+        "empty replies, no targets": empty,
+        "replies before any question, no targets": len(replies) - sum(targets) - empty,
+        'messages that hold a whole talk ("Human: … Assistant: …")': transcripts,
+    }
+    return Parts([messages[:end]], {f"noted: {reason}": count for reason, count in counts.items()})
+
+
+def _is_plain(turns: list[tuple[str, str]]) -> bool:
+    """Whether questions and replies take turns, and there is nothing to say of them."""
+    speaker = "user"
+    for role, content in turns[turns[:1] != [] and turns[0][0] == "system" :]:
+        if role != speaker or not content or content.isspace() or "Assistant" in content:
+            return False
+        speaker = "assistant" if role == "user" else "user"
+    return speaker == "user" and len(turns) > 1
+
+
 def _describe(counts: dict, rows: DatasetDict, path: str) -> str:
     places = counts["padding"] + counts["tokens"]
     return (
         f"Data {path}: {counts['conversations']:,} conversations "
         f"({cache.dropped(counts)} dropped, {counts['replies cut']:,} replies cut), "
+        f"{counts['shortened']:,} shortened to the row, "
         f"{counts['tokens']:,} tokens, {counts['targets']:,} of them targets; "
         f"{len(rows['train']):,} training + {len(rows['validation']):,} validation rows, "
-        f"{counts['padding'] / places:.2%} padding"
+        f"{counts['padding'] / places:.2%} padding{cache.noted(counts)}"
     )
 
 

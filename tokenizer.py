@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,11 @@ def create_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # AutoTokenizer raises a dozen kinds of errors for this
         cause = (str(error) or repr(error)).splitlines()[0]
+        if package := _missing_package(Path(name)):
+            raise ValueError(
+                f"{name}: its tokenizer.model is SentencePiece's, which is read with "
+                f"`pip install {package}`. (Cause: {cause})"
+            ) from error
         raise ValueError(
             f"No tokenizer could be loaded from {name!r}: it is neither a local folder with a "
             "tokenizer.json nor a Hub name that can be reached from here. Give a local folder, set "
@@ -135,6 +141,21 @@ def create_tokenizer(
             f"(Aliases: {', '.join(ALIASES)}. Cause: {cause})"
         ) from error
     return prepare_special_tokens(tokenizer)
+
+
+def _missing_package(folder: Path) -> str:
+    """The package without which a folder's tokenizer.model cannot be read; or ''."""
+    if not (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
+        return ""
+    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+    return " ".join(package for module, package in packages.items() if not _can_import(module))
+
+
+def _can_import(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package within a package that is absent
+        return False
 
 
 def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -197,6 +197,12 @@ def dropped(counts: dict) -> str:
     return ", ".join(drops) or "none"
 
 
+def noted(counts: dict) -> str:
+    """'; noted: 8 empty replies, no targets', or ''."""
+    notes = [f"{n:,} {name[7:]}" for name, n in counts.items() if n and name[:7] == "noted: "]
+    return f"; noted: {', '.join(notes)}" if notes else ""
+
+
 def column_values(rows: Dataset, batch_size: int = 1000) -> Iterator[dict[str, np.ndarray]]:
     """Every column of packed rows as one flat array, `batch_size` rows at a time."""
     for table in rows.with_format("arrow").iter(batch_size):

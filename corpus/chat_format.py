@@ -26,11 +26,15 @@ SHORTEST_PROMPT = 16  # tokens of the question that are kept when an answer is t
 HEADERS = {"system": "system\n", "user": "user\n", "assistant": "assistant\n", "tool": "user\n"}
 
 
-def iter_conversations(data_path: str, parse) -> Iterator:
-    """parse(record) for every record of the files. A FormatError gets its file and line."""
+def iter_conversations(data_path: str, parse, counts: Counter | None = None) -> Iterator:
+    """parse(record) for every record of the files. A FormatError gets its file and line.
+
+    counts: counts the records, and what is dropped, by reason.
+    """
+    counts = Counter() if counts is None else counts
     for path in find_data(data_path):
         for portion in iter_portions(path):
-            yield from usable_items(parse, portion, Counter())
+            yield from usable_items(parse, portion, counts)
 
 
 @dataclass(slots=True)
@@ -38,12 +42,15 @@ class Turn:
     """One rendered message, as arrays of ids: header (`<|im_start|>role\\n`), content, end.
 
     Tool results that follow each other are one turn.
+
+    is_target: a reply from which there is something to learn; teaches says which.
     """
 
     role: str
     header: np.ndarray
     content: np.ndarray
     end: np.ndarray
+    is_target: bool = False
 
     def __len__(self) -> int:
         return len(self.header) + len(self.content) + len(self.end)
@@ -69,7 +76,10 @@ class Renderer:
         contents = [content for conversation in turns for _, content in conversation]
         encoded = iter(self.encode(contents))
         return [
-            [Turn(role, self.headers[role], next(encoded), self.end) for role, _ in conversation]
+            [
+                Turn(role, self.headers[role], next(encoded), self.end, is_target)
+                for (role, _), is_target in zip(conversation, teaches(conversation), strict=True)
+            ]
             for conversation in turns
         ]
 
@@ -89,6 +99,20 @@ def _join_tool_results(messages: list[dict]) -> list[tuple[str, str]]:
     return turns
 
 
+def teaches(turns: list[tuple[str, str]]) -> list[bool]:
+    """Whether each (role, content) is a reply to learn: it has words, and a question before it.
+
+    An empty reply would teach to say nothing, and one that nobody asked for, to speak first. Both
+    stay where they are, as what later replies answer to.
+    """
+    asked, targets = False, []
+    for role, content in turns:
+        has_words = bool(content) and not content.isspace()
+        targets.append(asked and has_words and role == "assistant")
+        asked = asked or (has_words and role != "assistant" and role != "system")
+    return targets
+
+
 def key_of(messages: list[dict]) -> str:
     """A text that only equal messages share."""
     return "".join([f"{m['role']} {len(m['content'])} {m['content']}" for m in messages])
@@ -101,13 +125,12 @@ def as_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def flatten(turns: list[Turn]) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask): mask is True on an assistant's words and on their end token."""
+    """(ids, mask): mask is True on the words of a reply to learn and on their end token."""
     parts: list[np.ndarray] = []
     spoken: list[bool] = []
     for turn in turns:
-        by_assistant = turn.role == "assistant"
         parts += [turn.header, turn.content, turn.end[:1], turn.end[1:]]
-        spoken += [False, by_assistant, by_assistant, False]
+        spoken += [False, turn.is_target, turn.is_target, False]
     return np.concatenate(parts), np.repeat(spoken, list(map(len, parts)))
 
 
@@ -119,10 +142,11 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
     """Shorten a conversation in place to max_length tokens, keeping its last reply.
 
     The oldest exchanges go first. An exchange is a user's turn and all up to the next one, with
-    tool calls and their results. Then goes the beginning of the last question, then the system
-    message. The reply is cut at its end only when it is too long by itself.
+    tool calls and their results. Then go earlier answers to the last question, where several follow
+    each other; then the beginning of that question, then the system message. The reply is cut at
+    its end only when it is too long by itself.
 
-    Returns whether the reply was cut.
+    Returns whether the reply to the last question was cut, or lost an earlier part.
     """
 
     def excess() -> int:
@@ -130,25 +154,39 @@ def truncate(turns: list[Turn], max_length: int) -> bool:
 
     if excess() <= 0:
         return False
-    reply = turns[-1]
     first = 1 if turns[0].role == "system" else 0
-    asked = [number for number, turn in enumerate(turns[:-1]) if turn.role == "user"]
+    worded = [(turn.role, number) for number, turn in enumerate(turns[:-1]) if len(turn.content)]
+    asked = [number for role, number in worded if role == "user"]
+    asked = asked or [number for role, number in worded if role == "tool"]
     kept = len(turns) - asked[-1] if asked else 2  # turns from the last question on
     while excess() > 0 and len(turns) - first > kept:
         del turns[first]
         while len(turns) - first > kept and turns[first].role != "user":
             del turns[first]
+    lost = False
+    while excess() > 0 and (place := _earlier_answer(turns)):
+        del turns[place]
+        kept, lost = kept - 1, True
     question = turns[-kept] if len(turns) >= kept else None
-    if excess() > 0 and question:
+    if excess() > 0 and question and question.role != "assistant":
         length = max(len(question.content) - excess(), min(SHORTEST_PROMPT, len(question.content)))
         question.content = question.content[len(question.content) - length :]
     # The system message defines the tools: no call is learned without it.
     if excess() > 0 and first and len(turns) > 2 and all(turn.role != "tool" for turn in turns):
         del turns[0]
     if excess() <= 0:
-        return False
+        return lost
+    reply = turns[-1]
     room = max(0, max_length - total_length(turns[:-1]) - len(reply.header))
     cut = len(reply.content) + len(reply.end) > room
     if cut:  # without its end token, so that no model learns to stop in mid-sentence
         reply.content, reply.end = reply.content[:room], reply.end[:0]
-    return cut
+    return cut or lost
+
+
+def _earlier_answer(turns: list[Turn]) -> int:
+    """The place of the first answer that another answer follows directly; 0: there is none."""
+    for place in range(1, len(turns) - 1):
+        if turns[place].role == turns[place + 1].role == "assistant":
+            return place
+    return 0

@@ -1,4 +1,4 @@
-"""A JSON array of any size, read element by element in little memory."""
+"""A JSON array of any size, or values behind each other, read one by one in little memory."""
 
 import codecs
 import json
@@ -11,7 +11,10 @@ NEAR_THE_END = 20  # characters: an error that close to them may be an element t
 
 
 class ArrayReader:
-    """Parses a stream of UTF-8 that holds one array. Only the unread part is in memory."""
+    """Parses a stream of UTF-8 that holds one array, or values behind each other.
+
+    Only the unread part is in memory.
+    """
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
@@ -38,6 +41,11 @@ class ArrayReader:
             self._skip("]")
         if self._peek():
             self._fail("Extra data")
+
+    def values(self) -> Iterator[Any]:
+        """The values of a stream without brackets and commas, one by one. Errors as above."""
+        while self._peek():
+            yield self._element()
 
     def _element(self) -> Any:
         self._peek()

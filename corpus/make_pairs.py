@@ -1,8 +1,10 @@
-"""On-policy preference pairs: the data's answer is chosen, the model's own is rejected."""
+"""Preference pairs: of labelled answers, and of the data's answer with the model's own."""
 
 import json
 import os
 import random
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -10,8 +12,9 @@ import torch
 import xxhash
 
 from corpus.chat_format import iter_conversations
+from corpus.labelled import Example, Labels, example_of
 from corpus.readers import input_error, iter_records
-from corpus.records import to_messages
+from corpus.transcripts import split_question
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import track
 
@@ -25,10 +28,13 @@ def make_pairs(
     limit: int | None = None,
     max_new_tokens: int = 256,
 ):
-    """Write instruction/chosen/rejected records, one per conversation of prompts_path.
+    """Write instruction/chosen/rejected records, one per prompt of prompts_path.
+
+    Chosen is the data's answer, rejected the model's own. Where answers have a label (TRL's KTO),
+    the good and the bad answers to a prompt are paired, and a good one alone has the model's.
 
     It continues where it stopped: a prompt that is in `output` already is not sampled again. A
-    sample that is empty or equal to the answer makes no pair.
+    sample that is empty or equal to the answer makes no pair. What makes no pair is counted.
 
     Raises:
         ValueError: the folder has no model, prompts are broken, or `output` has other content.
@@ -38,27 +44,51 @@ def make_pairs(
     model, tokenizer = open_model_folder(model_path)
     done = _read_done(Path(output))
     # Once to the end first: a broken record is found before anything is sampled.
-    count = sum(1 for _ in islice(iter_conversations(prompts_path, to_messages), limit))
-    conversations = islice(iter_conversations(prompts_path, to_messages), limit)
-    written = 0
+    labels = Labels()
+    counts: Counter = Counter()
+    count = sum(1 for _ in map(labels.add, _examples(prompts_path, limit, Counter())))
+    examples = _examples(prompts_path, limit, counts)
     with open(output, "a", encoding="utf-8") as stream:
-        for messages in track(conversations, "Making pairs", count, "prompt"):
-            *prompt, answer = messages
-            key = _key(prompt)
-            if answer["role"] != "assistant" or key in done:
+        for example in track(examples, "Making pairs", count, "prompt"):
+            key = _key(example.prompt)
+            if key in done:
+                counts["prompt is there already"] += example.is_good is None
                 continue
             done.add(key)
-            rejected = sample_reply(model, tokenizer, prompt, max_new_tokens)
-            if rejected.strip() and rejected.strip() != answer["content"].strip():
-                record = {"chosen": answer["content"], "rejected": rejected}
-                if len(prompt) == 1:
-                    record = {"instruction": prompt[0]["content"], **record}
-                else:
-                    record = {"prompt": prompt, **record}
-                stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                stream.flush()
-                written += 1
-    print(f"{written:,} pairs -> {output}")
+            pairs = labels.pairs(example, counts)
+            if not pairs and example.is_good is not False:
+                pairs = _with_sample(model, tokenizer, example, max_new_tokens, counts)
+            records = [_record(example.prompt, *pair) for pair in pairs]
+            stream.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+            stream.flush()
+            counts["pairs"] += len(pairs)
+    written, _ = counts.pop("pairs", 0), counts.pop("read", 0)
+    reasons = [f"{n:,} {reason.removeprefix('dropped: ')}" for reason, n in counts.items() if n]
+    left = ", ".join(reasons)
+    print(f"{written:,} pairs -> {output}" + (f"; without a pair: {left}" if left else ""))
+
+
+def _examples(path: str, limit: int | None, counts: Counter) -> Iterator[Example]:
+    return islice(iter_conversations(path, example_of, counts), limit)
+
+
+def _with_sample(model, tokenizer, example: Example, max_new_tokens: int, counts: Counter) -> list:
+    rejected = sample_reply(model, tokenizer, example.prompt, max_new_tokens)
+    if not rejected.strip():
+        counts["sample is empty"] += 1
+        return []
+    if rejected.strip() == example.answer.strip():
+        counts["sample is the answer"] += 1
+        return []
+    return [(example.answer, rejected)]
+
+
+def _record(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    answers = {"chosen": chosen, "rejected": rejected}
+    is_text = len(prompt) == 1 and prompt[0]["role"] == "user"
+    if is_text and not split_question(prompt[0]["content"]):
+        return {"instruction": prompt[0]["content"], **answers}
+    return {"prompt": prompt, **answers}
 
 
 def _read_done(output: Path) -> set[int]:

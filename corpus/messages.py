@@ -7,23 +7,28 @@ these into the content. The chat template in tokenizer.py does the same to messa
 
 import json
 
-from corpus.readers import FormatError
+from corpus.readers import Dropped, FormatError
 from tokenizer import TOOLS_BEGIN, TOOLS_END
 
 ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user"}
 ROLES |= {"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
-ROLES |= dict.fromkeys(("tool", "observation", "function", "tool_response"), "tool")
+ROLES |= {"model": "assistant", "ai": "assistant", "developer": "system"}
+ROLES |= dict.fromkeys(("tool", "observation", "function", "tool_response", "ipython"), "tool")
 CALLS = ("function_call", "tool_call")  # ShareGPT's and ms-swift's: the content is the call itself
 KNOWN = ROLES | dict.fromkeys(CALLS, "assistant")
 PLAIN = {"role", "content", "from", "value"}
 OWNERS = {"tools": "system", "functions": "system"}  # which role alone may have a field
 OWNERS |= dict.fromkeys(("reasoning_content", "tool_calls", "function_call"), "assistant")
+TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's kinds of a part that is text
 NOT_A_TARGET = ("loss", "weight")  # ms-swift's and OpenAI's marks of a reply, where they are 0
 
 
 def text_of(value, where: str) -> str:
+    """Text as it is. What is missing (None, or NaN as pandas writes it) is empty text."""
     if not isinstance(value, str):
-        raise FormatError(f"{where} must be text, found {type(value).__name__}")
+        if value is None or value != value:
+            return ""
+        value = _joined_parts(value, where)
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -31,6 +36,16 @@ def text_of(value, where: str) -> str:
             f"{where} has a lone surrogate, which is no character: take it out"
         ) from error
     return value
+
+
+def _joined_parts(value, where: str) -> str:
+    """OpenAI's content in parts, [{"type": "text", "text": …}], as one text."""
+    parts = value if isinstance(value, list) and value else [value]
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in parts]
+    if not all(kind in TEXT_PARTS for kind in kinds):
+        found = ", ".join(sorted({str(kind) for kind in kinds if kind})) or type(value).__name__
+        raise FormatError(f"{where} must be text, found {found}")
+    return "".join(text_of(part.get("text", ""), where) for part in parts)
 
 
 def from_json(value, where: str):
@@ -54,7 +69,9 @@ def parse_messages(value, key: str) -> list[dict]:
     Raises:
         FormatError: names the message and what is wrong with it.
     """
-    if not isinstance(value, list) or not value:
+    if value is None or value == "" or value == []:
+        raise Dropped("no messages")
+    if not isinstance(value, list):
         raise FormatError(f"{key!r} must be a non-empty list of messages")
     messages: list[dict] = []
     for number, item in enumerate(value, start=1):
@@ -75,6 +92,7 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
     if not isinstance(item, dict):
         wanted = '{"role": …, "content": …}'
         raise FormatError(f"{where} must be {wanted}, found {type(item).__name__}")
+    has_content = "content" in item or "value" in item  # null is there, as "" is
     item = {key: value for key, value in item.items() if value is not None}
     name = item.get("role", item.get("from"))
     if not isinstance(name, str) or name not in KNOWN:
@@ -87,7 +105,7 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
         if not calls:
             raise FormatError(f"{where} is a tool call and has none")
         return {"role": role, "content": "", **fields, "tool_calls": calls}, not fields
-    if not fields and not {"content", "value"} & item.keys():
+    if not fields and not has_content:
         raise FormatError(f"{where} has no content")
     return {"role": role, "content": text_of(content, where), **fields}, False
 

@@ -38,13 +38,25 @@ CHANGED = "the file was changed while it was read. Run the same command again."
 KINDS = (np.uint64, np.uint64, np.uint32, np.uint16)  # of the columns of Index
 
 
+@dataclass
+class Parts:
+    """What one record gives where it gives more, or less, than one item.
+
+    items: the items of the record.
+    counts: what of the record was not used or is worth a word, by reason.
+    """
+
+    items: list
+    counts: dict[str, int]
+
+
 class Recipe(Protocol):
     """How one stage makes rows of records. It is sent to every process."""
 
     schema: pa.Schema
 
     def parse(self, record) -> Any:
-        """The item of a record, made of Python's plain types.
+        """The item of a record, made of Python's plain types; or its Parts.
 
         Raises Dropped where it is of no use, FormatError where it is broken.
         """
@@ -195,7 +207,12 @@ def usable_items(parse: Callable, portion: Portion, counts: Counter) -> Iterator
     for line, record in portion.records():
         counts["read"] += 1
         try:
-            yield parse(record)
+            item = parse(record)
+            if type(item) is not Parts:
+                yield item
+                continue
+            counts.update(item.counts)
+            yield from item.items
         except Dropped as reason:
             counts[f"dropped: {reason}"] += 1
         except FormatError as error:

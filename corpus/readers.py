@@ -16,6 +16,18 @@ from typing import Any, BinaryIO
 
 import pyarrow
 
+from corpus.diagnosis import (
+    ARRAY,
+    HEAD,
+    LINES,
+    TEXT,
+    conversion_of,
+    foreign,
+    json_hint,
+    shape_of,
+    why_no_parquet,
+    why_not_utf8,
+)
 from corpus.folders import choose_files
 from corpus.json_array import ArrayReader
 from corpus.tables import open_arrow, open_parquet
@@ -79,9 +91,8 @@ def find_files(dataset: str, every_split: bool = False) -> list[Path]:
         if not file.is_file():
             raise input_error(file, None, f"no such file (looked from {Path.cwd()}).")
         if not format_of(file):
-            raise input_error(
-                file, None, f"unknown format; known: {' '.join(FORMATS)}, compressed."
-            )
+            known = f"unknown format; known: {' '.join(FORMATS)}, compressed."
+            raise input_error(file, None, known + conversion_of(file.name, file.suffix))
         if file.stat().st_size == 0:
             raise input_error(file, None, "the file is empty.")
     return found
@@ -131,16 +142,35 @@ def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 def iter_portions(path: Path) -> Iterator[Portion]:
     """The records of one file in portions of PORTION bytes. Errors as in iter_records."""
-    kind = format_of(path)
+    ending = format_of(path)
     with open(path, "rb") as stored:
-        if kind in TABLES:
-            yield from _iter_table(path, stored, *TABLES[kind])
-        elif kind == ".txt":
+        if ending in TABLES:
+            yield from _iter_table(path, stored, *TABLES[ending])
+            return
+        shape = _shape(path, stored, ending)
+        if shape == TEXT:
             yield from _group(path, _iter_paragraphs(path, stored), stored.tell)
-        elif kind == ".json":
-            yield from _group(path, _iter_json(path, stored), stored.tell)
-        else:
+        elif shape == LINES:
             yield from _group(path, _iter_raw_lines(path, stored), stored.tell)
+        else:
+            yield from _group(path, _iter_values(path, stored, shape), stored.tell)
+
+
+def _shape(path: Path, stored: BinaryIO, ending: str) -> str:
+    """How the records stand in the file, which is at its beginning again."""
+    try:
+        with _decompressed(path, stored) as stream:
+            head = stream.read(HEAD)
+    except Exception:  # of a broken archive: whoever reads the lines names the one at which it ends
+        return TEXT if ending == ".txt" else LINES
+    finally:
+        stored.seek(0)
+    if problem := foreign(head, ending):
+        raise input_error(path, None, f"{problem}.")
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    if ending == ".json" and start not in (b"[", b"{"):
+        raise input_error(path, 1, "a .json file must hold an array of objects or JSON lines.")
+    return shape_of(head, ending)
 
 
 def _group(
@@ -215,56 +245,43 @@ def decode(path: Path, number: int, line: bytes) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        try:
-            line.decode("gb18030")
-            guess = "it reads as GB18030: convert it with `iconv -f GB18030 -t UTF-8`"
-        except UnicodeDecodeError:
-            guess = f"byte {error.start + 1} of the line is wrong"
-        raise input_error(path, number, f"not UTF-8; {guess}.") from error
+        raise input_error(path, number, f"not UTF-8; {why_not_utf8(line, error)}.") from error
 
 
 def _parse_json(path: Path, number: int, text: str):
+    is_end = not text.endswith("\n")
     text = text.rstrip()  # otherwise JSON that ends too early has its error on the next line
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _json_error(path, number, error) from error
+        raise _json_error(path, number, error, is_end) from error
 
 
-def _json_error(path: Path, number: int, error: Exception) -> ValueError:
-    """The input error for JSON whose first line has this number."""
+def _json_error(path: Path, number: int, error: Exception, is_end: bool) -> ValueError:
+    """The input error for JSON whose first line has this number.
+
+    is_end: the text ends where the file ends.
+    """
     if not isinstance(error, json.JSONDecodeError):  # a number or a nesting beyond Python's limits
         return input_error(path, number, f"JSON that cannot be read: {error}.")
     shown = error.doc.split("\n")[error.lineno - 1][:60]
-    problem = f"broken JSON at column {error.colno}: {error.msg} (the line: {shown!r})."
+    hint = json_hint(error, is_end)
+    problem = f"broken JSON at column {error.colno}: {error.msg}{hint} (the line: {shown!r})."
     return input_error(path, number + error.lineno - 1, problem)
 
 
-def _iter_json(path: Path, stored: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """The elements of an array, or JSON lines in a file that is named .json."""
-    lines = (line.lstrip() for _, line in _iter_raw_lines(path, stored))
-    first = next((line[:1] for line in lines if line), b"")
-    lines.close()
-    stored.seek(0)
-    if first == b"[":
-        yield from _iter_array(path, stored)
-    elif first == b"{":
-        yield from _iter_raw_lines(path, stored)
-    else:
-        raise input_error(path, 1, "a .json file must hold an array of objects or JSON lines.")
-
-
-def _iter_array(path: Path, stored: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _iter_values(path: Path, stored: BinaryIO, shape: str) -> Iterator[tuple[int, Any]]:
+    """The elements of an array, or values that follow each other and have several lines."""
     with _open(path, stored, lambda: None) as stream:
         reader = ArrayReader(stream)
         try:
-            yield from enumerate(reader.elements(), start=1)
+            yield from enumerate(reader.elements() if shape == ARRAY else reader.values(), start=1)
         except UnicodeDecodeError as error:
             before = error.object[: error.start]
-            line = error.object[before.rfind(b"\n") + 1 :].partition(b"\n")[0]
-            decode(path, reader.line + reader.text.count("\n"), line)
+            line, end, _ = error.object[before.rfind(b"\n") + 1 :].partition(b"\n")
+            decode(path, reader.line + reader.text.count("\n"), line + end)
         except (ValueError, RecursionError) as error:
-            raise _json_error(path, reader.line, error) from error
+            raise _json_error(path, reader.line, error, reader.ended) from error
 
 
 def _iter_paragraphs(path: Path, stored: BinaryIO) -> Iterator[tuple[int, str]]:
@@ -293,7 +310,17 @@ def _iter_table(path: Path, stored: BinaryIO, name: str, open_table) -> Iterator
         if getattr(error, "errno", None) is not None:
             raise
         cause = " ".join(str(error).split())
+        if name == "parquet" and path.suffix not in COMPRESSIONS:
+            cause = why_no_parquet(*_ends(stored)) or cause
         raise input_error(path, None, f"not a readable {name} file ({cause}).") from error
+
+
+def _ends(stored: BinaryIO) -> tuple[bytes, bytes]:
+    """The beginning and the last bytes of a file."""
+    stored.seek(0)
+    head = stored.read(HEAD)
+    stored.seek(max(0, stored.seek(0, 2) - 4))
+    return head, stored.read()
 
 
 def read_text(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Records of every accepted format -> messages (SFT), or a question with two answers (DPO).
 
 FORMATS is the one list of what is accepted. A record has the first format all of whose keys it has.
-A key with null is a key that is not there. A further data set with known kinds of keys is one line.
+A key with null is a key that is not there; where no format is found without it, it is empty text. A
+further data set with known kinds of keys is one line.
 """
 
 from collections.abc import Iterable
@@ -15,7 +16,9 @@ from corpus.messages import (
     render,
     text_of,
 )
-from corpus.readers import FormatError
+from corpus.ranked import pairs_of
+from corpus.readers import Dropped, FormatError
+from corpus.transcripts import split_question, split_transcript
 
 SFT, DPO = "SFT", "DPO"
 LISTS = ("messages", "conversations")  # keys that hold a list of messages, never text
@@ -29,7 +32,9 @@ class Format:
     question: keys of the question, text or messages; () where the answers hold it.
     answers: SFT: the key of the reply, text; () where the messages hold it. DPO: the keys of the
         chosen and of the rejected one: text, a message, or messages that begin with the question.
-    optional: keys that are used where they are there. `input` is put behind the question.
+        One key: a list of answers, the best first, or each with its score.
+    optional: keys that are used where they are there. `input` and `context` are put behind the
+        question.
     """
 
     name: str
@@ -60,7 +65,13 @@ FORMATS = (
         (),
         AROUND,
     ),
-    Format("`data/sft_sample.jsonl`", SFT, ("instruction",), ("response",), ("input", *REPLY)),
+    Format(
+        "`data/sft_sample.jsonl`, Dolly",
+        SFT,
+        ("instruction",),
+        ("response",),
+        ("input", "context", *REPLY),
+    ),
     Format(
         "Alpaca, BELLE, COIG-CQIA, DeepCtrl",
         SFT,
@@ -72,6 +83,8 @@ FORMATS = (
     Format("Firefly", SFT, ("input",), ("target",), REPLY),
     Format("Chinese-DeepSeek-R1-Distill", SFT, ("input",), ("content",), REPLY),
     Format("Alpaca, `instruction` = null", SFT, ("input",), ("output",), REPLY),
+    Format("TRL", SFT, ("prompt",), ("completion",), REPLY),
+    Format("GSM8K", SFT, ("question",), ("answer",), ("context", *REPLY)),
     Format("ms-swift", DPO, (), ("messages", "rejected_response"), AROUND),
     Format("ms-swift", DPO, (), ("messages", "rejected_messages"), AROUND),
     Format("MedicalGPT", DPO, ("question",), ("response_chosen", "response_rejected"), CONTEXT),
@@ -80,13 +93,21 @@ FORMATS = (
     Format("`data/dpo_sample.jsonl`, Alpaca", DPO, ("instruction",), PAIR, ("input", *CONTEXT)),
     Format("OpenAI", DPO, ("messages",), PAIR, AROUND),
     Format("DPO-En-Zh-20k, ShareGPT", DPO, ("conversations",), PAIR, AROUND),
-    Format("minimind `dpo.jsonl`", DPO, (), PAIR, AROUND),
+    Format("minimind `dpo.jsonl`, hh-rlhf", DPO, (), PAIR, AROUND),
+    Format("LLaMA-Factory, ranked", DPO, ("instruction",), ("output",), ("input", *CONTEXT)),
+    Format("UltraFeedback, scored", DPO, ("instruction",), ("completions",), CONTEXT),
 )
 # Labels such as `kind`, `id` or `score` are not read. These would be missed: a record with one of
 # them that its format does not use is refused.
 MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 ROWS = {stage: [row for row in FORMATS if row.stage == stage] for stage in (SFT, DPO)}
-MEANT = {stage: MEDIA.union(*(row.used for row in rows)) for stage, rows in ROWS.items()}
+# These are labels too, beside the messages that repeat them or that they were taken from.
+LABELS = {SFT: {"prompt", "completion", "question", "answer"}, DPO: {"output", "completions"}}
+MEANT = {
+    stage: MEDIA.union(*(row.used for row in rows)) - LABELS[stage] for stage, rows in ROWS.items()
+}
+# What `dpo_data.py --make_pairs` makes pairs of: one answer, and whether it is good.
+MARKS = ("label", "kto_tag")
 
 
 def to_messages(record: dict) -> list[dict]:
@@ -98,6 +119,9 @@ def to_messages(record: dict) -> list[dict]:
     fields, row = _recognise(record, SFT)
     messages = _question(fields, row)
     for key in row.answers:
+        if key == "completion" and isinstance(fields[key], list):
+            messages += parse_messages(fields[key], key)
+            continue
         reply = {"role": "assistant", "content": text_of(fields[key], key)}
         if reasoning := fields.get("reasoning_content"):
             reply["reasoning_content"] = text_of(reasoning, "reasoning_content")
@@ -107,22 +131,40 @@ def to_messages(record: dict) -> list[dict]:
 
 
 def to_pair(record: dict) -> tuple[list[dict], str, str]:
-    """(plain messages of the question, chosen text, rejected text) of any DPO record.
+    """The first of to_pairs: there is one, but where answers are ranked or have scores."""
+    return to_pairs(record)[0]
+
+
+def to_pairs(record: dict) -> list[tuple[list[dict], str, str]]:
+    """(plain messages of the question, chosen text, rejected text) of each pair of a DPO record.
 
     Raises:
         FormatError: names what is missing and what was found.
+        Dropped: there is nothing to compare, or no question.
     """
     fields, row = _recognise(record, DPO)
-    before, chosen = _answer(fields[row.answers[0]], row.answers[0])
-    before_rejected, rejected = _answer(fields[row.answers[1]], row.answers[1])
+    if len(row.answers) == 2:
+        answers = [(fields[row.answers[0]], fields[row.answers[1]])]
+    else:
+        answers = pairs_of(fields[row.answers[0]], row.answers[0])
+    return [_pair(fields, row, chosen, rejected) for chosen, rejected in answers]
+
+
+def _pair(fields: dict, row: Format, chosen, rejected) -> tuple[list[dict], str, str]:
+    keys = row.answers * 2  # of ranked answers both have one key
+    if not (row.question and fields[row.question[0]]):
+        chosen, rejected = _from_transcripts(chosen, rejected)
+    before, chosen = _answer(chosen, keys[0])
+    before_rejected, rejected = _answer(rejected, keys[1])
     if before is None or before_rejected is None:  # an answer that is text asks what the other asks
         before = before_rejected = before or before_rejected or []
     if before != before_rejected:
         raise FormatError("chosen and rejected must begin with the same messages")
     question = _question(fields, row)
-    if before and question and before[-len(question) :] != question:
-        raise FormatError(f"{row.answers[0]!r} begins with another question than {row.keys[0]!r}")
-    question = before or question
+    if before:
+        question = _joined(before, question, row)
+    if not question and row.question:
+        raise Dropped("no question")
     if not question:
         raise FormatError(f"no question before the answers; {_found_and_accepted(fields, DPO)}")
     if question[-1]["role"] not in ("user", "tool"):
@@ -133,6 +175,40 @@ def to_pair(record: dict) -> tuple[list[dict], str, str]:
     return prompt, chosen["content"], render([*question, rejected])[-1]["content"]
 
 
+def _joined(before: list[dict], question: list[dict], row: Format) -> list[dict]:
+    """One question of what the answers begin with and what stands in the record's own keys.
+
+    A public set's `prompt` is often only the first or the last of the messages before the answer.
+    """
+    if not any(message["content"].strip() for message in question):
+        return before
+    known, asked = _compared(before), _compared(question)
+    if any(known[start:][: len(asked)] == asked for start in range(len(known))):
+        return before
+    if asked[-len(known) :] == known:
+        return question
+    raise FormatError(f"{row.answers[0]!r} begins with another question than {row.keys[0]!r}")
+
+
+def _compared(messages: list[dict]) -> list[dict]:
+    """Messages as they are compared: without the spaces around their words."""
+    return [message | {"content": message["content"].strip()} for message in messages]
+
+
+def _from_transcripts(chosen, rejected) -> tuple:
+    """hh-rlhf's answers, "\n\nHuman: …\n\nAssistant: …", as messages. Others stay as they are."""
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        return chosen, rejected
+    talks = [split_transcript(text) for text in (chosen, rejected)]
+    if not all(talks):
+        return chosen, rejected
+    if any(talk[-1]["role"] != "assistant" for talk in talks):
+        raise Dropped("no answer at the end")
+    if talks[0][:-1] != talks[1][:-1]:
+        raise Dropped("answers to different questions")
+    return tuple(talks)
+
+
 def _recognise(record, stage: str) -> tuple[dict, Format]:
     """(fields that are not null, the format that has these keys)."""
     if not isinstance(record, dict):
@@ -140,8 +216,18 @@ def _recognise(record, stage: str) -> tuple[dict, Format]:
     fields = record
     if None in record.values():
         fields = {key: value for key, value in record.items() if value is not None}
-    if row := _row_of(frozenset(fields), stage):
+    row = _row_of(frozenset(fields), stage)
+    if fields is not record and not (row and row.question):
+        row_of_all = _row_of(frozenset(record), stage)  # null is missing text, as "" is
+        if row_of_all and (row is None or row_of_all.question):
+            return dict.fromkeys(row_of_all.keys, "") | fields, row_of_all
+    if row:
         return fields, row
+    if stage == DPO and any(key in fields for key in MARKS):
+        raise FormatError(
+            "one answer with a label is no pair; make pairs of them with "
+            "`python dpo_data.py --make_pairs FILE --output pairs.jsonl`"
+        )
     nearest = max(ROWS[stage], key=lambda row: sum(key in fields for key in row.keys))
     missing = _names(key for key in nearest.keys if key not in fields)
     there = _names(key for key in nearest.keys if key in fields)
@@ -171,12 +257,15 @@ def _question(fields: dict, row: Format) -> list[dict]:
     for key in row.question:
         value = fields[key]
         if key in LISTS or (key == "prompt" and isinstance(value, list)):
+            if not value and row.stage == DPO:  # the answers may begin with the question
+                continue
             messages += parse_messages(value, key)
             continue
         text = text_of(value, key)
-        if fields.get("input") and "input" in row.optional:
-            text += ("\n" if text else "") + text_of(fields["input"], "input")
-        messages.append({"role": "user", "content": text})
+        for more in ("input", "context"):
+            if fields.get(more) and more in row.optional and (words := text_of(fields[more], more)):
+                text += ("\n" if text else "") + words
+        messages += split_question(text) or [{"role": "user", "content": text}]
     if len(messages) > 1 and any(message["role"] == "system" for message in messages[1:]):
         raise FormatError("a system message stands behind 'history': only the first may be one")
     return messages
@@ -199,7 +288,7 @@ def _history(value) -> list[dict]:
 
 def _answer(value, key: str) -> tuple[list[dict] | None, dict]:
     """(messages before it, answer) of an answer given as text (None), message or messages."""
-    if isinstance(value, str):
+    if isinstance(value, str) or value != value:  # NaN is missing text
         return None, {"role": "assistant", "content": text_of(value, key)}
     messages = parse_messages([value] if isinstance(value, dict) else value, key)
     if messages[-1]["role"] != "assistant":

@@ -13,10 +13,11 @@ from torch import nn
 
 from engine.disk import atomic_folder, cache_lock, settings_hash
 from engine.identity import content_hash
-from engine.model_folder import load_model_folder
+from engine.model_folder import check_model_folder, load_model_folder
 from engine.progress import Progress, track
 from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.steps import sum_counts
+from tokenizer import create_tokenizer
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")  # of dpo_train.preference_losses
 PAIR_METRICS = (
@@ -172,7 +173,13 @@ def add_reference_logps(
 
     They are computed once, so that no second model is in memory while training. The cache's name
     changes with the reference's weights, the data (their fingerprint) and the precision.
+
+    Raises:
+        ValueError: there is no model in `path`, or its tokenizer has other ids for the words.
     """
+    check_model_folder(path)
+    if Path(path) != Path(config["init_from"]):
+        _check_tokenizer(path, tokenizer)
     cache_dir = Path(config["output_dir"]) / "cache"
     # Without gradients more pairs fit than in training; a smaller batch_size helps here too.
     pairs_at_once = 32 if config["batch_size"] == "auto" else 4 * config["batch_size"]
@@ -197,6 +204,15 @@ def add_reference_logps(
             for split, pairs in splits.items()
         }
     )
+
+
+def _check_tokenizer(path: str, tokenizer):
+    """Raises ValueError where the ids of the pairs would be other words to the model in path."""
+    if create_tokenizer(model_path=path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"reference_model_path={path}: its tokenizer is not that of the policy. A reference "
+            "must have the policy's own tokenizer, as its SFT model or another run of it has."
+        )
 
 
 @eagerly

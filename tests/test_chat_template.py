@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from corpus.chat_format import Renderer, flatten
+from corpus.chat_format import Renderer, flatten, teaches
 from corpus.records import to_messages
 from tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, create_tokenizer
 
@@ -120,14 +120,21 @@ def qwen3(real_data) -> tuple:
 
 
 def check_rendering(tokenizer, messages, tools):
-    """Data and template agree in ids and mask; rendered messages need no tools any more."""
+    """Data and template agree in ids and mask; rendered messages need no tools any more.
+
+    The template marks every reply. An empty one, or one that nobody asked for, is no target.
+    """
     expected = tokenizer.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
     )
     plain = to_messages({"messages": messages, "tools": tools})
     ids, mask = (array.tolist() for array in flatten(Renderer(tokenizer).render([plain])[0]))
     assert ids == expected["input_ids"]
-    assert mask == [bool(target) for target in expected["assistant_masks"]]
+    turns = [(message["role"], message["content"]) for message in plain]
+    marked = [bool(target) for target in expected["assistant_masks"]]
+    if teaches(turns) == [role == "assistant" for role, _ in turns]:
+        assert mask == marked
+    assert not any(target and not mark for target, mark in zip(mask, marked, strict=True))
     assert tokenizer.apply_chat_template(plain, return_dict=True)["input_ids"] == ids
 
 

@@ -208,7 +208,7 @@ REFUSED = {
         "message 2 .* must be text, found dict",
     ),
     "no content": (
-        {"role": "assistant", "content": None},
+        {"role": "assistant"},
         "message 2 of 'messages' has no content",
     ),
     "reasoning": (call(reasoning_content=3), "reasoning of message 2 .* must be text, found int"),
@@ -277,7 +277,7 @@ def test_an_exchange_goes_whole_with_its_calls_and_results(tokenizer):
 def test_the_question_that_is_kept_is_the_users_and_all_behind_it_stays(tokenizer):
     question = {"role": "user", "content": "起" * 100 + "终"}
     turns = turns_of(tokenizer, *STEPS, question, *STEPS[1:])
-    short = turns_of(tokenizer, *STEPS[1:])
+    short = turns_of(tokenizer, *STEPS)[1:]
     assert truncate(turns, sum(map(len, short)) + 60) is False
     assert [turn.role for turn in turns] == ["user", "assistant", "tool", "assistant"]
     assert tokenizer.decode(turns[0].content).endswith("终")

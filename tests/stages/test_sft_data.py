@@ -104,7 +104,7 @@ def test_nothing_to_learn_from_is_an_error(tmp_path, tokenizer):
 
 
 def test_rows_hold_whole_conversations_whose_positions_restart(tmp_path, tokenizer):
-    records = [{"instruction": f"问{i}" * (i % 7), "response": f"答{i}" * 3} for i in range(60)]
+    records = [{"instruction": f"问{i}" * (1 + i % 7), "response": f"答{i}" * 3} for i in range(60)]
     splits, collator = prepare(tmp_path, tokenizer, records)
     expected = sorted(tuple(render(tokenizer, to_messages(record))[0]) for record in records)
     found = []

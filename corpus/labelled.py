@@ -1,0 +1,65 @@
+"""A prompt with one answer, perhaps labelled as good or bad, and pairs of such answers."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from corpus.readers import Dropped
+from corpus.records import MARKS, to_messages
+
+
+@dataclass(frozen=True)
+class Example:
+    """prompt: plain messages up to the question. is_good: the label; None where there is none."""
+
+    prompt: list[dict]
+    answer: str
+    is_good: bool | None
+
+
+def example_of(record) -> Example:
+    """The last question of an SFT record and all that the assistant says to it.
+
+    Raises:
+        Dropped: nothing is asked, or nothing is answered.
+        FormatError: as records.to_messages.
+    """
+    is_good = None
+    if isinstance(record, dict):
+        is_good = next((record[key] for key in MARKS if is_label(record.get(key))), None)
+    messages = to_messages(record)
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    asked = [n for n, message in enumerate(messages) if message["role"] in ("user", "tool")]
+    start = asked[-1] + 1 if asked else 0
+    answer = "\n".join(m["content"] for m in messages[start:] if m["content"].strip())
+    if not answer:
+        raise Dropped("no reply")
+    if not any(messages[number]["content"].strip() for number in asked):
+        raise Dropped("no question")
+    return Example(messages[:start], answer, None if is_good is None else bool(is_good))
+
+
+def is_label(value) -> bool:
+    """Whether a value says good or bad: True, False, 1 or 0."""
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+class Labels:
+    """The labelled answers of a file by their prompt. They are all in memory."""
+
+    def __init__(self):
+        self.answers: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+
+    def add(self, example: Example):
+        if example.is_good is not None:
+            self.answers[repr(example.prompt)][example.is_good].append(example.answer)
+
+    def pairs(self, example: Example, counts: Counter) -> list[tuple[str, str]]:
+        """(good, bad) of a prompt, each answer once; [] where it has not both.
+
+        A good answer that is left without a bad one has the sample of the model where it is alone.
+        """
+        bad, good = self.answers.get(repr(example.prompt), ([], []))
+        counts["good answer without a bad one"] += max(0, len(good) - max(len(bad), 1))
+        counts["bad answer without a good one"] += max(0, len(bad) - len(good))
+        return list(zip(good, bad, strict=False))

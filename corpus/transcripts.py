@@ -1,0 +1,40 @@
+"""A whole conversation in one text, "Human: … Assistant: …", as hh-rlhf and BELLE write it."""
+
+import re
+
+ROLE_OF = {"Human": "user", "Assistant": "assistant"}
+MARK = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
+BEGINS = re.compile(r"\s*Human[ \t]*[:：]")
+
+
+def split_transcript(text: str) -> list[dict]:
+    """The messages of a text that begins with "Human:"; [] of any other text.
+
+    A last "Assistant:" without words asks for the answer, and is no message.
+    """
+    if not BEGINS.match(text):
+        return []
+    _, *pieces = MARK.split(text)
+    messages = [
+        {"role": ROLE_OF[name], "content": content.strip()}
+        for name, content in zip(pieces[::2], pieces[1::2], strict=True)
+    ]
+    if messages[-1] == {"role": "assistant", "content": ""}:
+        messages.pop()
+    return messages
+
+
+def split_question(text: str) -> list[dict]:
+    """The messages of a question that is a transcript up to its last question; [] of another."""
+    if "Assistant" not in text:
+        return []
+    messages = split_transcript(text)
+    has_answer = any(message["role"] == "assistant" for message in messages)
+    asks_last = messages[-1:] and messages[-1]["role"] == "user"
+    is_prompted = text.rstrip().endswith((":", "：")) and len(MARK.findall(text)) > len(messages)
+    return messages if asks_last and (has_answer or is_prompted) else []
+
+
+def holds_transcript(text: str) -> bool:
+    """Whether both speakers' marks stand at the beginnings of lines."""
+    return "Assistant" in text and set(MARK.findall(text)) == ROLE_OF.keys()
