@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Iterable, Iterator
-from importlib.util import find_spec
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -147,15 +147,8 @@ def _missing_package(folder: Path) -> str:
     """The package without which a folder's tokenizer.model cannot be read; or ''."""
     if not (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
         return ""
-    packages = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
-    return " ".join(package for module, package in packages.items() if not _can_import(module))
-
-
-def _can_import(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # a package within a package that is absent
-        return False
+    needed = ("sentencepiece", "protobuf")
+    return " ".join(name for name in needed if not any(distributions(name=name)))
 
 
 def prepare_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -187,8 +180,7 @@ def _add_no_space(tokenizer: PreTrainedTokenizerBase):
     parts = ("normalizer", "pre_tokenizer", "decoder")
     if backend is None or not any("▁" in repr(getattr(backend, part)) for part in parts):
         return
-    stored = json.loads(backend.to_str())
-    empty = json.loads(Tokenizer(models.BPE()).to_str())
+    stored, empty = (json.loads(one.to_str()) for one in (backend, Tokenizer(models.BPE())))
     plain = Tokenizer.from_str(json.dumps(empty | {part: _plain(stored[part]) for part in parts}))
     for part in parts:
         setattr(backend, part, getattr(plain, part))
@@ -313,9 +305,9 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
         alphabet.update(text)
     if not tokens:
         raise ValueError("No text to measure: every document is empty or is not text.")
-    seconds = time.perf_counter() - started
     return (
-        f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens in {seconds:.1f} s\n"
+        f"{characters:,} characters, {size:,} bytes, {tokens:,} tokens in "
+        f"{time.perf_counter() - started:.1f} s\n"
         f"this tokenizer     {characters / tokens:5.2f} characters/token  {size / tokens:5.2f} "
         f"bytes/token   vocabulary {len(tokenizer):,}\n"
         f"character baseline  1.00 characters/token  {size / characters:5.2f} bytes/token   "
@@ -329,12 +321,8 @@ def main():
     from corpus.documents import iter_documents
     from train_data import DocumentRecipe, train_on_share
 
-    parser = argparse.ArgumentParser(
-        description="Train a byte-level BPE tokenizer, or measure one."
-    )
-    parser.add_argument(
-        "--files", default="data/pretrain_sample.jsonl", help="file, folder or glob"
-    )
+    parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or measure one.")
+    parser.add_argument("--files", default="data/pretrain_sample.jsonl", help="file, folder, glob")
     parser.add_argument("--vocab_size", type=int, default=6400)
     parser.add_argument("--megabytes", type=float, default=10, help="of text to learn from")
     parser.add_argument("--output", default="checkpoints/tokenizer", help="folder to write")
@@ -348,8 +336,9 @@ def main():
                 raise ValueError(
                     f"{arguments.output} already holds a tokenizer: choose another --output."
                 )
-            data, recipe = Data(arguments.files, Options()), DocumentRecipe(None)
-            tokenizer = train_on_share(data, recipe, arguments.vocab_size, arguments.megabytes)
+            with Data(arguments.files, Options()) as data:
+                options = arguments.vocab_size, arguments.megabytes
+                tokenizer = train_on_share(data, DocumentRecipe(None), *options)
             tokenizer.save_pretrained(arguments.output)
             print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")
         print(report(tokenizer, iter_documents(arguments.files)))

@@ -91,8 +91,8 @@ def find_files(dataset: str, every_split: bool = False) -> list[Path]:
         if not file.is_file():
             raise input_error(file, None, f"no such file (looked from {Path.cwd()}).")
         if not format_of(file):
-            known = f"unknown format; known: {' '.join(FORMATS)}, compressed."
-            raise input_error(file, None, known + conversion_of(file.name, file.suffix))
+            problem = f"unknown format; known: {' '.join(FORMATS)}, compressed."
+            raise input_error(file, None, problem + conversion_of(file.name, file.suffix))
         if file.stat().st_size == 0:
             raise input_error(file, None, "the file is empty.")
     return found

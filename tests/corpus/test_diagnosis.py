@@ -154,8 +154,7 @@ def test_html_that_is_text_is_text(tmp_path):
 
 
 def test_a_sentencepiece_folder_without_its_package_names_the_package(tmp_path, monkeypatch):
-    for module in ("sentencepiece", "google.protobuf"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "path", [])  # nothing is installed there
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
