@@ -231,7 +231,7 @@ def test_a_wrong_option_or_path_is_one_line(tmp_path, monkeypatch, base_model, o
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", "[1, 2]\n", ":1: a question must be an object, found list."),
+        ("a.jsonl", "[1, 2]\n", ":1: a question must be an object, found int."),
         ("a.csv", "question,A\n", ": no questions; expected rows of question, A, B, … and answer."),
     ],
 )

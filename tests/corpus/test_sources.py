@@ -170,7 +170,7 @@ def test_a_configuration_that_cannot_be_chosen_is_named_with_those_that_can(hub,
         "Write owner/configured:small@train, owner/configured:small@test."
     )
     assert "has the name or pattern x*. There are README.md, large/" in answers[3]
-    formats = "(known: .jsonl .json .txt .parquet, also compressed)."
+    formats = "(known: .jsonl .json .txt .parquet .arrow, also compressed)."
     assert (
         answers[4] == f"owner/tables: no file of a known format; there are a.csv, b.csv {formats}"
     )

@@ -24,7 +24,7 @@ import train_llm
 from dpo_data import prepare_dpo_data
 from engine.guards import NumericalError
 from engine.runtime import make_runtime, seed_everything
-from engine.settings import AT_LEAST_ONE, AT_MOST, LARGEST, OPTIONAL, resolve, shorten
+from engine.settings import AT_LEAST_ONE, AT_MOST, AUTO, LARGEST, OPTIONAL, resolve, shorten
 from sft_data import prepare_sft_data
 from tokenizer import create_tokenizer
 from train_data import prepare_data
@@ -95,9 +95,9 @@ UNKNOWN = st.sampled_from([None, 3, 1.5, ("a",), "d_modle", ""]) | st.text()
 
 
 def is_well_formed(key: str, value, default) -> bool:
-    if key in OPTIONAL and value is None:
+    if (key in OPTIONAL and value is None) or (key in AUTO and value == "auto"):
         return True
-    default = OPTIONAL.get(key, default)
+    default = (OPTIONAL | AUTO).get(key, default)
     if key in ("torch_compile", "gradient_checkpointing", "resume"):
         return isinstance(value, str | bool)
     if isinstance(default, bool | str):
@@ -148,7 +148,7 @@ def test_a_model_larger_than_memory_is_refused_by_name(key, value):
 
 # --- runs ---------------------------------------------------------------------------------------
 
-EVERY = [0, 1, LARGEST]
+EVERY = ["auto", 0, 1, LARGEST]
 LOOP_VALUES = {
     "batch_size": [1, 3, LARGEST],
     "gradient_accumulation_steps": [1, 2, LARGEST],
@@ -163,7 +163,7 @@ LOOP_VALUES = {
     "mixed_precision": ["fp16", "bf16", "no"],
     "gradient_checkpointing": [False, "attention", "full", True],
     "dropout": [0, 0.1, 0.99, 1.0, 5],
-    "log_every": [1, LARGEST],
+    "log_every": ["auto", 1, LARGEST],
     "eval_every": EVERY,
     "sample_every": EVERY,
     "save_every": EVERY,

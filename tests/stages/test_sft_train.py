@@ -137,8 +137,8 @@ def test_pretraining_text_is_mixed_in_by_its_share_of_rows(tmp_path, base_model)
 
 def test_bad_data_stops_before_training(tmp_path, base_model):
     config = sft_config(tmp_path, base_model)
-    Path(config["dataset"]).write_text('{"question": "问"}\n', encoding="utf-8")
-    found = r"sft\.jsonl:1: no SFT record; found keys \['question'\]; accepted: "
+    Path(config["dataset"]).write_text('{"body": "问"}\n', encoding="utf-8")
+    found = r"sft\.jsonl:1: no SFT record; found keys \['body'\]; accepted: "
     with no_training(), pytest.raises(ValueError, match=found):
         train_sft(wandb_config=config)
     with no_training(), pytest.raises(ValueError, match="nowhere"):
