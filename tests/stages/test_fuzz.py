@@ -182,8 +182,7 @@ def test_rendering_is_the_chat_templates(tokenizer, messages):
     spoken = [token for token, is_target in zip(ids, mask, strict=True) if is_target]
     assert tokenizer.decode(spoken) == rendered_replies(messages)
     learns_all = sum(taught(messages)) == sum(m["role"] == "assistant" for m in messages)
-    replies = replies_of(tokenizer, tuple(ids))
-    assert mask == replies if learns_all else is_within(mask, replies)
+    assert is_within(mask, replies_of(tokenizer, tuple(ids)))
     if any(token in m["content"] for m in messages for token in SPECIAL_TOKENS):
         return  # the template takes typed control tokens for real ones
     if any(m["content"][:1].isspace() for m in messages):
@@ -247,9 +246,8 @@ def taught(talk: list[dict]) -> list[bool]:
 
 
 def rendered_replies(talk: list[dict]) -> str:
-    return "".join(
-        m["content"] + IM_END for m, is_taught in zip(talk, taught(talk), strict=True) if is_taught
-    )
+    pairs = zip(talk, taught(talk), strict=True)
+    return "".join(m["content"] + IM_END for m, is_taught in pairs if is_taught)
 
 
 def learnable(talks: list[list[dict]]) -> list[list[dict]]:
