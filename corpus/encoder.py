@@ -18,12 +18,12 @@ import tiktoken
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from engine.llama_cpp import GPT2_SPLIT, LLAMA3_SPLIT
 from tokenizer import QWEN2_SPLIT, encode_plain
 
-# The two libraries split text with different engines for regular expressions. For these ones it was
-# tried, with every character of Unicode, that they do the same. Llama 3 groups three digits.
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SPLITS = {QWEN2_SPLIT, QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")}
+# The two libraries split text with different engines for regular expressions. For these and
+# for GPT2_SPLIT it was tried, with every character of Unicode, that they do the same.
+SPLITS = {QWEN2_SPLIT, LLAMA3_SPLIT}
 WORTH_IT = 8_000_000  # bytes; to make the encoder of a large vocabulary takes seconds
 # Without a special token tiktoken looks for one at every byte, which takes 0.4 of all time. None is
 # allowed: where a text has these words, they are words like others.

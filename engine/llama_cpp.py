@@ -5,7 +5,7 @@ import re
 
 from tokenizer import CHAT_TEMPLATE, IM_END, QWEN2_SPLIT
 
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"+|\p{N}|", r"+|\p{N}{1,3}|")
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"+|\p{N}|", r"+|\p{N}{1,3}|")  # three digits together
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 WORDS = [rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"]
