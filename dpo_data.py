@@ -97,11 +97,11 @@ class PairRecipe:
 
     def parse(self, record) -> tuple[list[dict], str, str] | Parts:
         pairs = to_pairs(record)
-        if len(pairs) == 1 and not _useless(pairs[0]):
+        reasons = [_useless(pair) for pair in pairs]
+        if reasons == [""]:  # as nearly all are
             return pairs[0]
-        counts = Counter(reason for pair in pairs if (reason := _useless(pair)))
-        usable = [pair for pair in pairs if not _useless(pair)]
-        return Parts(usable, {f"dropped: {reason}": count for reason, count in counts.items()})
+        usable = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
+        return Parts(usable, Counter(f"dropped: {reason}" for reason in reasons if reason))
 
     def identity(self, pair) -> str:
         prompt, chosen, rejected = pair

@@ -62,9 +62,7 @@ def contents_of(config: dict) -> dict[str, str]:
     """
     cache_dir, verify = Path(config["output_dir"]) / "cache", config["verify_data"]
     contents = {}
-    for key in (
-        ("dataset", "pretrain_dataset") if config.get("pretrain_mix_ratio") else ("dataset",)
-    ):
+    for key in ["dataset", *(["pretrain_dataset"] if config.get("pretrain_mix_ratio") else [])]:
         chosen = datasets_of(config[key])
         if not any(is_remote(name) for name, _ in chosen):
             hashes = [content_hash(find_data(name), cache_dir, verify) for name, _ in chosen]

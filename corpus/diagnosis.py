@@ -1,6 +1,7 @@
 """What a file is, told by its first bytes, and why it cannot be read, told by what is wrong."""
 
 import codecs
+import contextlib
 import json
 import re
 
@@ -85,11 +86,9 @@ def why_not_utf8(line: bytes, error: UnicodeDecodeError) -> str:
     if error.reason == "unexpected end of data" and not line.endswith(b"\n"):
         return f"the file ends in the middle of a character; {CUT_SHORT}"
     if line[: error.start].isascii():  # behind letters of UTF-8 no other encoding begins
-        try:
+        with contextlib.suppress(UnicodeDecodeError):
             line.decode("gb18030")
             return "it reads as GB18030: convert it with `iconv -f GB18030 -t UTF-8`"
-        except UnicodeDecodeError:
-            pass
     return f"byte {error.start + 1} of the line is wrong"
 
 

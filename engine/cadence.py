@@ -111,10 +111,11 @@ class Cadence:
 
     def _save(self, step: int) -> bool:
         waited = self.clock() - (self.saved or self.meter.started)
-        pause = self.meter.last_cost.get("save", math.inf) / SAVING
+        cost = self.meter.last_cost.get("save")  # None: there was no save yet
+        pause = (cost or 0.0) / SAVING
         # At a validation sooner: with its loss a checkpoint may be known as the best.
-        is_early = waited >= pause and self._is_due("eval", step)
-        return is_early or waited >= max(SAVE_SECONDS, pause if pause < math.inf else 0.0)
+        is_early = cost is not None and waited >= pause and self._is_due("eval", step)
+        return is_early or waited >= max(SAVE_SECONDS, pause)
 
     def describe(self) -> list[str]:
         """What "auto" comes to."""
