@@ -71,7 +71,7 @@ def prepare_dpo_data(
         f"Data {data.name}: {len(rows['train']):,} training + {len(rows['validation']):,} "
         f"validation pairs ({cache.dropped(counts)} dropped, "
         f"{counts.get('answers cut', 0):,} answers cut), "
-        f"{counts.get('shortened', 0):,} shortened to max_length",
+        f"{counts.get('shortened', 0):,} shortened to max_length{cache.noted(counts)}",
         flush=True,
     )
     return (rows[split] if split else rows), PairCollator(tokenizer.pad_token_id, max_length)
@@ -96,12 +96,14 @@ class PairRecipe:
         self.schema = pa.schema([*lists, ("chosen_bytes", pa.int64())])
 
     def parse(self, record) -> tuple[list[dict], str, str] | Parts:
-        pairs = to_pairs(record)
+        counts: Counter = Counter()
+        pairs = to_pairs(record, counts)
         reasons = [_useless(pair) for pair in pairs]
-        if reasons == [""]:  # as nearly all are
+        if reasons == [""] and not counts:  # as nearly all are
             return pairs[0]
         usable = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
-        return Parts(usable, Counter(f"dropped: {reason}" for reason in reasons if reason))
+        counts.update(f"dropped: {reason}" for reason in reasons if reason)
+        return Parts(usable, counts)
 
     def identity(self, pair) -> str:
         prompt, chosen, rejected = pair

@@ -85,7 +85,8 @@ class ConversationRecipe:
         self.schema = list_schema(types | {"labels": labels})
 
     def parse(self, record) -> list[dict] | Parts:
-        return usable_part(to_messages(record))
+        counts: Counter = Counter()
+        return usable_part(to_messages(record, counts), counts)
 
     def identity(self, messages: list[dict]) -> str:
         return key_of(messages)
@@ -136,14 +137,16 @@ class ConversationRecipe:
         return list_rows([sum(lengths[i] for i in row) for row in rows], columns, self.schema)
 
 
-def usable_part(messages: list[dict]) -> list[dict] | Parts:
+def usable_part(messages: list[dict], noted: Counter) -> list[dict] | Parts:
     """A conversation up to its last reply to learn, with counts of what is no target in it.
+
+    noted: what was counted of it before.
 
     Raises:
         Dropped: it has no reply, or nothing stands before its replies.
     """
     turns = [(message["role"], message["content"]) for message in messages]
-    if _is_plain(turns):  # as nearly all are
+    if not noted and _is_plain(turns):  # as nearly all are
         return messages
     targets = teaches(turns)
     if True not in targets:
@@ -159,7 +162,8 @@ def usable_part(messages: list[dict]) -> list[dict] | Parts:
         "replies before any question, no targets": len(replies) - sum(targets) - empty,
         'messages that hold a whole talk ("Human: … Assistant: …")': transcripts,
     }
-    return Parts([messages[:end]], {f"noted: {reason}": count for reason, count in counts.items()})
+    noted.update({f"noted: {reason}": count for reason, count in counts.items()})
+    return Parts([messages[:end]], noted)
 
 
 def _is_plain(turns: list[tuple[str, str]]) -> bool:

@@ -16,8 +16,10 @@ class Example:
     is_good: bool | None
 
 
-def example_of(record) -> Example:
+def example_of(record, counts: Counter | None = None) -> Example:
     """The last question of an SFT record and all that the assistant says to it.
+
+    counts: as in records.to_messages.
 
     Raises:
         Dropped: nothing is asked, or nothing is answered.
@@ -26,7 +28,7 @@ def example_of(record) -> Example:
     is_good = None
     if isinstance(record, dict):
         is_good = next((record[key] for key in MARKS if is_label(record.get(key))), None)
-    messages = to_messages(record)
+    messages = to_messages(record, counts)
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     asked = [n for n, message in enumerate(messages) if message["role"] in ("user", "tool")]

@@ -5,12 +5,14 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import xxhash
 
+from corpus.cache import noted
 from corpus.chat_format import iter_conversations
 from corpus.labelled import Example, Labels, example_of
 from corpus.readers import input_error, iter_records
@@ -63,13 +65,14 @@ def make_pairs(
             stream.flush()
             counts["pairs"] += len(pairs)
     written, _ = counts.pop("pairs", 0), counts.pop("read", 0)
-    reasons = [f"{n:,} {reason.removeprefix('dropped: ')}" for reason, n in counts.items() if n]
-    left = ", ".join(reasons)
-    print(f"{written:,} pairs -> {output}" + (f"; without a pair: {left}" if left else ""))
+    left = {reason: n for reason, n in counts.items() if n and not reason.startswith("noted: ")}
+    reasons = ", ".join(f"{n:,} {reason.removeprefix('dropped: ')}" for reason, n in left.items())
+    without = f"; without a pair: {reasons}" if reasons else ""
+    print(f"{written:,} pairs -> {output}{without}{noted(counts)}")
 
 
 def _examples(path: str, limit: int | None, counts: Counter) -> Iterator[Example]:
-    return islice(iter_conversations(path, example_of, counts), limit)
+    return islice(iter_conversations(path, partial(example_of, counts=counts), counts), limit)
 
 
 def _with_sample(model, tokenizer, example: Example, max_new_tokens: int, counts: Counter) -> list:

@@ -6,6 +6,7 @@ these into the content. The chat template in tokenizer.py does the same to messa
 """
 
 import json
+from collections import Counter
 
 from corpus.readers import Dropped, FormatError
 from tokenizer import TOOLS_BEGIN, TOOLS_END
@@ -21,6 +22,7 @@ OWNERS = {"tools": "system", "functions": "system"}  # which role alone may have
 OWNERS |= dict.fromkeys(("reasoning_content", "tool_calls", "function_call"), "assistant")
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's kinds of a part that is text
 NOT_A_TARGET = ("loss", "weight")  # ms-swift's and OpenAI's marks of a reply, where they are 0
+HIDDEN = "noted: reasoning before the last question, not shown"
 
 
 def text_of(value, where: str) -> str:
@@ -157,11 +159,13 @@ def parse_tools(value, where: str) -> list[dict]:
     return tools
 
 
-def render(messages: list[dict]) -> list[dict]:
+def render(messages: list[dict], counts: Counter | None = None) -> list[dict]:
     """Parsed messages -> {role, content} and nothing else: tools, reasoning, calls become words.
 
     As in Qwen3's template, only what was thought since the last question is shown. Unlike there,
     a reply without reasoning gets no empty `<think>` block. Rendering twice changes nothing.
+
+    counts: counts the earlier reasoning that is not shown.
     """
     if all(len(m) == 2 and "</think>" not in m["content"] for m in messages):
         return messages  # nothing but roles and words
@@ -170,6 +174,8 @@ def render(messages: list[dict]) -> list[dict]:
     for number, message in enumerate(messages):
         content = message["content"]
         if message["role"] == "assistant":
+            if counts is not None and number < question and _split_reasoning(message)[0]:
+                counts[HIDDEN] += 1
             content = _assistant_words(message, number > question, message is messages[-1])
         elif "tools" in message:
             content = f"{content}\n\n" if content else ""
@@ -185,14 +191,19 @@ def _asks(message: dict) -> bool:
     return message["role"] == "user" and not is_result
 
 
-def _assistant_words(message: dict, shows_reasoning: bool, is_last: bool) -> str:
+def _split_reasoning(message: dict) -> tuple[str, str, bool]:
+    """(reasoning, words, whether the reasoning stands in the words) of an assistant's message."""
     content, reasoning = message["content"], message.get("reasoning_content", "")
     in_content = False
     if not reasoning and "</think>" in content and content.lstrip("\n").startswith("<think>"):
         reasoning, _, content = content.lstrip("\n").partition("</think>")
         reasoning, content = reasoning.removeprefix("<think>"), content.lstrip("\n")
         in_content = True
-    reasoning = reasoning.strip("\n")
+    return reasoning.strip("\n"), content, in_content
+
+
+def _assistant_words(message: dict, shows_reasoning: bool, is_last: bool) -> str:
+    reasoning, content, in_content = _split_reasoning(message)
     words = content
     if shows_reasoning and (reasoning or (in_content and is_last)):
         words = f"<think>\n{reasoning}\n</think>\n\n" + content.lstrip("\n")

@@ -5,6 +5,7 @@ A key with null is a key that is not there; where no format is found without it,
 further data set with known kinds of keys is one line.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -110,8 +111,10 @@ MEANT = {
 MARKS = ("label", "kto_tag")
 
 
-def to_messages(record: dict) -> list[dict]:
+def to_messages(record: dict, counts: Counter | None = None) -> list[dict]:
     """Plain messages, {role, content}, of any SFT record.
+
+    counts: counts what of them is not shown.
 
     Raises:
         FormatError: names what is missing and what was found.
@@ -127,7 +130,7 @@ def to_messages(record: dict) -> list[dict]:
             reply["reasoning_content"] = text_of(reasoning, "reasoning_content")
         messages.append(reply)
     _refuse_unused(fields, row, messages)
-    return render(_with_system(fields, messages))
+    return render(_with_system(fields, messages), counts)
 
 
 def to_pair(record: dict) -> tuple[list[dict], str, str]:
@@ -135,8 +138,10 @@ def to_pair(record: dict) -> tuple[list[dict], str, str]:
     return to_pairs(record)[0]
 
 
-def to_pairs(record: dict) -> list[tuple[list[dict], str, str]]:
+def to_pairs(record: dict, counts: Counter | None = None) -> list[tuple[list[dict], str, str]]:
     """(plain messages of the question, chosen text, rejected text) of each pair of a DPO record.
+
+    counts: counts what of the question is not shown.
 
     Raises:
         FormatError: names what is missing and what was found.
@@ -147,10 +152,10 @@ def to_pairs(record: dict) -> list[tuple[list[dict], str, str]]:
         answers = [(fields[row.answers[0]], fields[row.answers[1]])]
     else:
         answers = pairs_of(fields[row.answers[0]], row.answers[0])
-    return [_pair(fields, row, chosen, rejected) for chosen, rejected in answers]
+    return [_pair(fields, row, chosen, rejected, counts) for chosen, rejected in answers]
 
 
-def _pair(fields: dict, row: Format, chosen, rejected) -> tuple[list[dict], str, str]:
+def _pair(fields: dict, row: Format, chosen, rejected, counts) -> tuple[list[dict], str, str]:
     keys = row.answers * 2  # of ranked answers both have one key
     if not (row.question and fields[row.question[0]]):
         chosen, rejected = _from_transcripts(chosen, rejected)
@@ -171,7 +176,7 @@ def _pair(fields: dict, row: Format, chosen, rejected) -> tuple[list[dict], str,
         raise FormatError("the prompt must end with a user's message or a tool's result")
     _refuse_unused(fields, row, [*question, chosen])
     question = _with_system(fields, question)
-    *prompt, chosen = render([*question, chosen])
+    *prompt, chosen = render([*question, chosen], counts)
     return prompt, chosen["content"], render([*question, rejected])[-1]["content"]
 
 

@@ -19,7 +19,7 @@ LETTERS = st.text(alphabet="天地玄黄 az\n", min_size=1, max_size=12)
 MISSING: st.SearchStrategy = st.sampled_from([None, "", float("nan")])
 NAMES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 # What is said of text that is read and stands in no row.
-LOSSES = ("dropped", "shortened", "replies cut", "answers cut", "messages behind the last reply")
+LOSSES = ("dropped", "shortened", "replies cut", "answers cut", "not shown", "left off")
 
 
 class Writer:
@@ -37,7 +37,10 @@ class Writer:
     def message(self, role: str) -> dict:
         if self.draw(st.booleans()):
             return {"from": NAMES[role], "value": self.text()}
-        return {"role": role, "content": self.text()}
+        message = {"role": role, "content": self.text()}
+        if role == "assistant" and self.draw(st.integers(0, 4)) == 0:
+            message["reasoning_content"] = self.text()
+        return message
 
     def messages(self, roles: st.SearchStrategy) -> list:
         start = ["system"] if self.draw(st.booleans()) else []

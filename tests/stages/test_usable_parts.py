@@ -83,6 +83,22 @@ def test_records_without_a_question_or_a_reply_are_dropped_and_counted(tmp_path,
     assert "noted" not in printed
 
 
+def test_reasoning_before_the_last_question_is_counted(tmp_path, tokenizer, capsys):
+    """The template does not show it, whether it is a field or stands in the words."""
+    talk = said("一", "二", "三", "四")
+    talk[1]["reasoning_content"], talk[3]["reasoning_content"] = "早先", "最后"
+    in_words = said("五", "<think>早先</think>六", "七", "八")
+    shown = prepare(tmp_path, tokenizer, [*GOOD, {"messages": talk}, {"messages": in_words}])
+    assert "早先" not in shown
+    assert "最后" in shown
+    hidden = "noted: 2 reasoning before the last question, not shown"
+    assert hidden in capsys.readouterr().out
+    pair = {"messages": [*talk[:2], *talk[:1]], "chosen": "好", "rejected": "坏"}
+    path = write_jsonl(tmp_path / "dpo.jsonl", [pair | {"system": f"{n}"} for n in range(2)])
+    prepare_dpo_data(tokenizer, path, 96, None, cache_dir=tmp_path / "cache")
+    assert f"0 shortened to max_length; {hidden}" in capsys.readouterr().out
+
+
 # --- too long -----------------------------------------------------------------------------------
 
 
@@ -152,6 +168,7 @@ def test_pairs_that_are_made_are_accepted_whatever_they_are_made_of(tmp_path, ba
         [{"role": "system", "content": "短"}, *said("九", "十")],
         said("Human: 甲\nAssistant: 乙\nHuman: 丙\nAssistant:", "丁"),
         [reply("没有人问")],
+        said("甲", "<think>早先</think>乙", "丙", "丁"),
     ]
     path = write_jsonl(tmp_path / "talks.jsonl", [{"messages": talk} for talk in talks])
     made = tmp_path / "made.jsonl"
@@ -160,6 +177,7 @@ def test_pairs_that_are_made_are_accepted_whatever_they_are_made_of(tmp_path, ba
     printed = capsys.readouterr().out
     assert f"{len(records)} pairs -> {made}; without a pair: " in printed
     assert "1 no question" in printed
+    assert "noted: 1 reasoning before the last question, not shown" in printed
     assert len(records) > 1
     tokenizer = create_tokenizer(model_path=base_model)
     splits, _ = prepare_dpo_data(tokenizer, str(made), 256, None, cache_dir=tmp_path / "cache")
