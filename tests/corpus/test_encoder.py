@@ -154,6 +154,14 @@ def test_very_long_lines_and_runs_of_spaces_have_the_ids_of_the_tokenizer(tokeni
     assert_equal(fast_encoder(tokenizer), LONG)
 
 
+def test_texts_do_not_touch_each_other(fast):
+    """What stands between them in one call is no part of them, and ends the words of both."""
+    parts = ["a", " ", "  a", "\n", "", "天", "\u0301", "'s", "1", "12", "\U0010fffe", "<|im_end|>"]
+    assert_equal(fast, [first + second for first in parts for second in parts])
+    assert_equal(fast, ["a\U0010ffffb", *parts, "\U0010ffff", ""])
+    assert fast([]) == []
+
+
 def is_tried(point: int) -> bool:
     """Every character that has a meaning of its own; of ideographs and the unassigned some."""
     category = unicodedata.category(chr(point))
@@ -206,13 +214,14 @@ def test_few_bytes_are_left_to_the_tokenizer_and_come_out_the_same(tokenizer):
         ("own tokens", "a<think>", True),
         ("own tokens", "a<|im_end|>", False),
         ("qwen2", "a<think>", False),
+        ("qwen2", "a\U0010ffffb", True),
     ],
 )
 def test_text_that_is_normalized_or_holds_an_added_token_is_left_to_the_tokenizer(
     name, text, is_left
 ):
     encoder = fast_encoder(FAST[name]())
-    assert (encoder.fast.encode(text) is None) == is_left
+    assert (encoder.fast.encode([text])[0] is None) == is_left
     assert_equal(encoder, [text])
 
 
