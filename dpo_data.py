@@ -182,6 +182,7 @@ class PairCollator:
 
     def __init__(self, pad_token_id: int, max_length: int = 512, multiple: int = 64):
         self.pad_token_id, self.max_length, self.multiple = pad_token_id, max_length, multiple
+        self.row_length = 2 * max_length  # tokens of a pair at most
 
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         parts = [[np.asarray(p[f"{n}_ids"], np.int64) for n in PARTS] for p in pairs]

@@ -56,12 +56,13 @@ wandb_config = {
     # optimization
     "batch_size": 8,  # pairs of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 2,  # forward passes of one optimizer step
-    "learning_rate": 2e-5,  # peak; a larger model needs 5e-7 to 5e-6
+    "learning_rate": 5e-7,  # peak, for 20,000 steps of 16,384 tokens
     "num_epochs": 2,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "optimizer": "adamw",  # or "muon"
-    "muon_learning_rate": 2e-4,  # peak of the matrices that Muon takes
+    "muon_learning_rate": 5e-6,  # peak of the matrices that Muon takes
+    "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
     "warmup_ratio": 0.1,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.0,  # the policy must stay near the reference, not near zero
@@ -174,7 +175,7 @@ def train_dpo(
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
     finite = guards.FiniteGuard(run, loader.order, rt)
     collapse = preference.CollapseGuard(config, state, rt)
-    rt.say(report.describe_run(config, model, loader, rt, 2 * config["max_length"], trial))
+    rt.say(report.describe_run(config, model, loader, rt, trial))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
     if start_step == 0:
         rt.say("Before preference optimization:")
@@ -191,7 +192,7 @@ def train_dpo(
             # Every loss is divided by the pairs of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.
             num_pairs, num_tokens = preference.count_pairs(micro_batches, rt)
-            rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
+            rates = optim.set_learning_rate(optimizers, step, loader, config)
             rt.seed(config["seed"], step)
 
             totals: Counter = Counter()

@@ -76,10 +76,13 @@ def count_step(stage: Stage, config: dict, model_config: CustomLLMConfig, **opti
 
 def trial(stage: Stage, config: dict) -> tuple[Callable, Callable]:
     """(forward_backward, full_batch) of a stage."""
+    step = dpo_train.trial_step(config) if stage is DPO else train_llm.forward_backward
+    return step, collator(stage, config).full_batch
+
+
+def collator(stage: Stage, config: dict) -> PackedCollator | PairCollator:
     length = config[stage.length_key]
-    if stage is DPO:
-        return dpo_train.trial_step(config), PairCollator(0, length).full_batch
-    return train_llm.forward_backward, PackedCollator(length, 0).full_batch
+    return PairCollator(0, length) if stage is DPO else PackedCollator(length, 0)
 
 
 def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConfig, str]:
@@ -167,6 +170,9 @@ def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
     if config["max_steps"]:
         tokens = min(tokens, config["max_steps"] * rows * length)
     seconds = data.tokens / (data.tokens_per_second * cores)
+    steps = math.ceil(tokens / (rows * length))
+    row_length = collator(stage, config).row_length
+    rates = optim.describe_learning_rate(steps, rows * row_length, config)
     checkpoints = (config["keep_checkpoints"] + 1) * CHECKPOINT_BYTES + FINAL_BYTES
     return [
         f"Data: {config['dataset']}, about {data.tokens:,.0f} tokens, {tokens / parameters:.1f} of "
@@ -174,7 +180,8 @@ def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
         f"Preparing it: about {duration(seconds)} on {cores} cores ({data.tokens_per_second:,.0f} "
         "tokens/s a core, measured here on that megabyte)",
         f"Training: {span(*speeds(stage, model, card), tokens)} for {tokens:,.0f} tokens, about "
-        f"{math.ceil(tokens / (rows * length)):,} steps (estimated)",
+        f"{steps:,} steps (estimated)",
+        f"{rates[0].upper()}{rates[1:]}",
         f"Disk: {data.tokens * data.bytes_per_token / 1e9:.2f} GB of rows, as much as the text "
         f"while they are made, {parameters * checkpoints / 1e9:.2f} GB of checkpoints (estimated)",
     ]

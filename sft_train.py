@@ -50,12 +50,13 @@ wandb_config = {
     # optimization
     "batch_size": 16,  # rows of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
-    "learning_rate": 5e-4,  # peak; a larger pre-trained model needs 1e-5 to 1e-4
+    "learning_rate": 3e-5,  # peak, for 20,000 steps of 16,384 tokens
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
-    "muon_learning_rate": 5e-3,  # peak of the matrices that Muon takes
+    "muon_learning_rate": 1e-4,  # peak of the matrices that Muon takes
+    "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only
@@ -156,7 +157,7 @@ def train_sft(
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
     finite = guards.FiniteGuard(run, loader.order, rt)
-    rt.say(report.describe_run(config, model, loader, rt, config["max_length"], trial))
+    rt.say(report.describe_run(config, model, loader, rt, trial))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
     if start_step == 0:
         rt.say("Before fine-tuning:")
@@ -170,7 +171,7 @@ def train_sft(
             # Every loss is divided by the targets of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.
             num_targets, num_tokens = steps.count_targets(micro_batches, rt)
-            rates = optim.set_learning_rate(optimizers, step, loader.total_steps, config)
+            rates = optim.set_learning_rate(optimizers, step, loader, config)
             rt.seed(config["seed"], step)
 
             totals: Counter = Counter()

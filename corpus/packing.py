@@ -122,7 +122,7 @@ def list_rows(lengths: list[int], columns: list[np.ndarray], schema: pa.Schema) 
 
 
 class PackedCollator:
-    """Rows of unequal length -> int64 tensors (batch, max_seq_len), padded on the right.
+    """Rows of unequal length -> int64 tensors (batch, max_length), padded on the right.
 
     A row holds input_ids and position_ids, and labels if the stage chooses its targets. Without
     labels every token is a target except each document's first. The batch also has attention_mask,
@@ -131,11 +131,11 @@ class PackedCollator:
     A batch of no rows gives one row of padding: a rank's share of an epoch's last step.
     """
 
-    def __init__(self, max_seq_len: int, pad_token_id: int):
-        self.max_seq_len, self.pad_token_id = max_seq_len, pad_token_id
+    def __init__(self, max_length: int, pad_token_id: int):
+        self.row_length, self.pad_token_id = max_length, pad_token_id
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        shape = (max(len(rows), 1), self.max_seq_len)
+        shape = (max(len(rows), 1), self.row_length)
         batch: dict[str, np.ndarray] = {
             "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
             "position_ids": np.zeros(shape, dtype=np.int64),
@@ -157,5 +157,5 @@ class PackedCollator:
 
     def full_batch(self, batch_size: int) -> dict[str, torch.Tensor]:
         """The largest batch there can be: every row is a full document."""
-        row = {"input_ids": np.ones(self.max_seq_len), "position_ids": np.arange(self.max_seq_len)}
+        row = {"input_ids": np.ones(self.row_length), "position_ids": np.arange(self.row_length)}
         return self([row] * batch_size)

@@ -9,8 +9,13 @@ from torch.distributed.tensor import DTensor
 
 from engine.runtime import Runtime, fast_dtype
 from engine.sharding import gather
+from engine.steps import StepLoader
 
 STACK = 2**25  # elements of the matrices that Muon updates together, which bounds its memory
+# The run that the learning rates of a wandb_config are meant for, and how the best rates follow
+# its length and its steps' size: measured, see benchmarks/README.md.
+STEPS, TOKENS_PER_STEP = 20_000, 16_384
+STEPS_POWER, TOKENS_POWER = 0.6, 0.1
 
 
 def build(
@@ -123,6 +128,28 @@ def orthogonalize(stack: torch.Tensor, coefficients, steps: int, eps: float) -> 
     return x.mT if is_tall else x
 
 
+def learning_rate_scale(steps: int, tokens_per_step: int, config: dict) -> float:
+    """What the peaks are multiplied by: short runs learn faster. 1: they are literal."""
+    if not config["scale_learning_rate"]:
+        return 1.0
+    by_steps = (STEPS / steps) ** STEPS_POWER
+    return by_steps * (tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
+
+
+def describe_learning_rate(steps: int, tokens_per_step: int, config: dict) -> str:
+    """The peaks of a run: 'learning rate 0.0005 x 5.41 = 0.0027, Muon … (for 1,200 steps …)'."""
+    scale = learning_rate_scale(steps, tokens_per_step, config)
+    peaks = {"learning rate": config["learning_rate"]}
+    if config["optimizer"] == "muon":
+        peaks["Muon"] = config["muon_learning_rate"]
+    if not config["scale_learning_rate"]:
+        return ", ".join(f"{name} {peak:g}" for name, peak in peaks.items())
+    products = (
+        f"{name} {peak:g} x {scale:.3g} = {peak * scale:.3g}" for name, peak in peaks.items()
+    )
+    return f"{', '.join(products)} (for {steps:,} steps of {tokens_per_step:,} tokens)"
+
+
 def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
     """Share of the peak learning rate at a step, counted from 1.
 
@@ -137,10 +164,11 @@ def learning_rate_factor(step: int, total_steps: int, config: dict) -> float:
 
 
 def set_learning_rate(
-    optimizers: list[torch.optim.Optimizer], step: int, total_steps: int, config: dict
+    optimizers: list[torch.optim.Optimizer], step: int, loader: StepLoader, config: dict
 ) -> dict[str, float]:
-    """Set every group to its own peak times the step's factor. Returns the rates to be logged."""
-    factor = learning_rate_factor(step, total_steps, config)
+    """Set every group to its peak, scaled, times the step's factor. Returns the rates to log."""
+    factor = learning_rate_scale(loader.total_steps, loader.tokens_per_step, config)
+    factor *= learning_rate_factor(step, loader.total_steps, config)
     for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
         group["lr"] = group["peak_lr"] * factor
     names = ("train/learning_rate", "train/muon_learning_rate")

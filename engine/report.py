@@ -6,6 +6,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+from engine import optim
 from engine.advice import advise
 from engine.cadence import Cadence
 from engine.meter import Meter, active_parameters, log_line
@@ -84,16 +85,13 @@ class Log:
             self.tracker.finish()
 
 
-def describe_run(
-    config: dict, model, loader: StepLoader, rt: Runtime, row_length: int, trial=None
-) -> str:
+def describe_run(config: dict, model, loader: StepLoader, rt: Runtime, trial=None) -> str:
     """The configuration in full, what it comes to, and advice.
 
     trial: (forward_backward, full_batch) of the stage, to count a step's memory.
     """
     total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
-    order = loader.order
-    tokens = min(order.rows_per_step, order.rows) * row_length
+    order, tokens_per_step = loader.order, loader.tokens_per_step
     dtype = str(rt.dtype or torch.float32).removeprefix("torch.")
     lines = [f"  {key}: {value}" for key, value in config.items()]
     return "\n".join(
@@ -101,9 +99,10 @@ def describe_run(
             "Configuration",
             *lines,
             f"Model: {total:,} parameters ({active:,} active per token), {dtype} on "
-            f"{rt.device}; up to {tokens:,} tokens per step, {order.steps_per_epoch:,} "
+            f"{rt.device}; up to {tokens_per_step:,} tokens per step, {order.steps_per_epoch:,} "
             f"steps per epoch, {order.total_steps:,} steps in all.",
-            *advise(config, model, order.rows * row_length, row_length, rt, trial),
+            f"Peak {optim.describe_learning_rate(order.total_steps, tokens_per_step, config)}.",
+            *advise(config, model, order.rows * loader.row_length, loader.row_length, rt, trial),
         ]
     )
 

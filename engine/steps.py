@@ -70,6 +70,8 @@ class StepLoader:
     def __init__(self, rows, collate, config: dict, rt: Runtime, start_step: int = 0):
         self.order = StepSampler(len(rows), config, rt.rank, rt.world, start_step)
         self.total_steps, self.start_step = self.order.total_steps, start_step
+        self.row_length = collate.row_length
+        self.tokens_per_step = min(self.order.rows_per_step, len(rows)) * self.row_length  # at most
         self.batches = make_loader(rows, collate, config["num_workers"], self.order)
 
     def __iter__(self) -> Iterator[tuple[int, list[dict]]]:

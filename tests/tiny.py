@@ -27,6 +27,7 @@ LOOP = {
     "num_epochs": 2,
     "num_workers": 0,
     "optimizer": "adamw",
+    "scale_learning_rate": False,
     "mixed_precision": "no",
     "log_every": 1,
     "eval_every": 4,

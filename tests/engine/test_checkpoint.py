@@ -1,6 +1,7 @@
 import json
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from engine.runtime import Runtime
 
 ALONE = cpu_runtime()
 OPTIMIZER = {"optimizer": "adamw", "learning_rate": 1e-2, "muon_learning_rate": 1e-2}
-OPTIMIZER |= {"weight_decay": 0.1}
+OPTIMIZER |= {"weight_decay": 0.1, "scale_learning_rate": False}
 
 
 def config_in(tmp_path, **changes) -> dict:
@@ -156,6 +157,7 @@ class Fp16Training:
         self.model = tiny_model(dropout=0.1).train()
         config = OPTIMIZER | {"optimizer": optimizer, "warmup_ratio": 0.2, "min_lr_ratio": 0.1}
         self.config, self.optimizers = config, optim.build(self.model, config)
+        self.loader = SimpleNamespace(total_steps=self.steps, tokens_per_step=64)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
         self.rt = Runtime(CPU, torch.float16, scaler)
         self.scales: list[float] = []
@@ -167,7 +169,7 @@ class Fp16Training:
 
     def run(self, first: int, last: int):
         for step in range(first, last + 1):
-            optim.set_learning_rate(self.optimizers, step, self.steps, self.config)
+            optim.set_learning_rate(self.optimizers, step, self.loader, self.config)
             draw = torch.Generator().manual_seed(step)
             ids = torch.randint(1, 64, (4, 16), generator=draw)
             self.rt.seed(1, step)

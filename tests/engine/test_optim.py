@@ -1,14 +1,18 @@
 import pytest
 import torch
+from datasets import Dataset
 from gpu_like import card
 from tiny import CPU, Calls, cpu_runtime, tiny_model
 from torch import nn
 
+from corpus.packing import PackedCollator
 from engine import optim
 from engine.runtime import Runtime, fast_dtype, has_native_bf16, make_runtime
+from engine.steps import StepLoader
 
 CONFIG = {"optimizer": "adamw", "learning_rate": 1e-3, "muon_learning_rate": 2e-2}
 CONFIG |= {"weight_decay": 0.1, "warmup_ratio": 0.1, "min_lr_ratio": 0.2}
+CONFIG |= {"scale_learning_rate": False}
 MUON = CONFIG | {"optimizer": "muon"}
 
 
@@ -17,6 +21,15 @@ def rates(model, optimizers, key: str = "peak_lr") -> dict[str, float]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return {names[id(p)]: group[key] for group in groups for p in group["params"]}
+
+
+def run_of(steps: int, batch_size: int = 8, accumulation: int = 1) -> StepLoader:
+    """Of rows of 256 tokens."""
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    config = sizes | {"seed": 0, "num_epochs": 100, "max_steps": steps, "num_workers": 0}
+    return StepLoader(
+        Dataset.from_dict({"input_ids": [[1]] * 32}), PackedCollator(256, 0), config, cpu_runtime()
+    )
 
 
 def blocks_matrices(model) -> set[str]:
@@ -75,13 +88,46 @@ def test_every_group_has_the_same_share_of_its_own_peak_and_both_rates_are_retur
     model = tiny_model()
     optimizers = optim.build(model, config)
     for step, factor in ((5, 0.5), (10, 1.0), (56, 0.6)):
-        logged = optim.set_learning_rate(optimizers, step, 100, config)
+        logged = optim.set_learning_rate(optimizers, step, run_of(100), config)
         now, peaks = rates(model, optimizers, "lr"), rates(model, optimizers)
         assert now == pytest.approx({name: factor * peak for name, peak in peaks.items()})
         expected = {"train/learning_rate": 1e-3, "train/muon_learning_rate": 2e-2}
         if config is CONFIG:
             del expected["train/muon_learning_rate"]
         assert logged == pytest.approx({name: factor * peak for name, peak in expected.items()})
+
+
+def test_scaled_rates_are_literal_for_the_run_that_they_are_meant_for():
+    config = MUON | {"scale_learning_rate": True}
+    assert optim.learning_rate_scale(20_000, 16_384, config) == 1
+    assert optim.learning_rate_scale(100, 1_024, MUON) == 1
+    assert optim.describe_learning_rate(100, 1_024, MUON) == "learning rate 0.001, Muon 0.02"
+
+
+def test_scaled_rates_fall_with_the_steps_and_rise_with_their_tokens():
+    config = MUON | {"scale_learning_rate": True}
+    lengths = [150, 600, 2_400, 10_000, 20_000, 100_000]
+    scales = [optim.learning_rate_scale(steps, 16_384, config) for steps in lengths]
+    assert scales == sorted(scales, reverse=True)
+    sizes = [optim.learning_rate_scale(600, tokens, config) for tokens in (1_024, 16_384, 2**19)]
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
+def test_a_run_that_scales_its_rates_trains_as_one_with_the_product_as_its_rates(config):
+    """Whatever the batch is split into."""
+    scale = optim.learning_rate_scale(100, 2_048, config | {"scale_learning_rate": True})
+    literal = {key: config[key] * scale for key in ("learning_rate", "muon_learning_rate")}
+    scaled, plain = (optim.build(tiny_model(), c) for c in (config, config | literal))
+    on = config | {"scale_learning_rate": True}
+    for step in (1, 10, 60):
+        for batch_size, accumulation in ((8, 1), (2, 4)):
+            run = run_of(100, batch_size, accumulation)
+            logged = optim.set_learning_rate(scaled, step, run, on)
+            assert logged == pytest.approx(optim.set_learning_rate(plain, step, run, config))
+    described = optim.describe_learning_rate(100, 2_048, on)
+    assert f"x {scale:.3g} = {literal['learning_rate']:.3g}" in described
+    assert "(for 100 steps of 2,048 tokens)" in described
 
 
 def test_a_resumed_optimizer_keeps_its_peaks():

@@ -177,15 +177,17 @@ def test_other_ranks_write_and_print_nothing_and_count_all_the_same(tmp_path, ca
 
 def test_a_run_is_described_by_its_whole_configuration_and_what_it_comes_to():
     config = {"seed": 1, "batch_size": 2, "gradient_accumulation_steps": 3, "num_epochs": 2}
-    config |= {"max_steps": 0}
+    config |= {"max_steps": 0, "scale_learning_rate": False}
+    config |= {"optimizer": "muon", "learning_rate": 5e-4, "muon_learning_rate": 2e-3}
     model = tiny_model()
-    loader = SimpleNamespace(order=StepSampler(20, config))
-    described = describe_run(config, model, loader, cpu_runtime(torch.bfloat16), 16)
+    loader = SimpleNamespace(order=StepSampler(20, config), row_length=16, tokens_per_step=96)
+    described = describe_run(config, model, loader, cpu_runtime(torch.bfloat16))
     assert all(f"\n  {key}: {value}\n" in described for key, value in config.items())
     count = sum(p.numel() for p in model.parameters())
     assert described.endswith(
         f"Model: {count:,} parameters ({count:,} active per token), bfloat16 on cpu; up to 96 "
-        "tokens per step, 4 steps per epoch, 8 steps in all."
+        "tokens per step, 4 steps per epoch, 8 steps in all.\n"
+        "Peak learning rate 0.0005, Muon 0.002."
     )
 
 
