@@ -2,6 +2,7 @@ import json
 import math
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ class Fp16Training:
         self.model = tiny_model(dropout=0.1).train()
         config = OPTIMIZER | {"optimizer": optimizer, "warmup_ratio": 0.2, "min_lr_ratio": 0.1}
         self.config, self.optimizers = config, optim.build(self.model, config)
-        self.loader = SimpleNamespace(total_steps=self.steps, tokens_per_step=64)
+        self.loader: Any = SimpleNamespace(total_steps=self.steps, tokens_per_step=64)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=3)
         self.rt = Runtime(CPU, torch.float16, scaler)
         self.scales: list[float] = []
