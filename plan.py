@@ -108,7 +108,8 @@ def estimate_data(stage: Stage, config: dict, vocab_size: int) -> Estimate | Non
     chosen = datasets_of(config["dataset"])
     if any(is_remote(name) for name, _ in chosen):
         return None
-    corpus = Corpus([(find_files(name), share) for name, share in chosen])
+    most = config["max_dataset_bytes"]
+    corpus = Corpus([(find_files(name), share) for name, share in chosen], most and int(most))
     portion, length = first_megabyte(corpus), config[stage.length_key]
     column = config.get("text_column")
     folder = config["init_from"] or config.get("tokenizer_path")

@@ -43,8 +43,11 @@ def estimate(corpus: Corpus, portion: Portion, recipe: Recipe) -> Estimate:
     seconds = time.perf_counter() - started
     if not counts["tokens"]:
         raise ValueError(f"{portion.path}: its first megabyte has nothing to train on ({counts}).")
+    megabytes = corpus.stored_bytes() / max(1, portion.position)
+    if corpus.max_bytes:  # of text, while files may be compressed
+        megabytes = min(megabytes, len(corpus.datasets) * corpus.max_bytes / portion.size)
     return Estimate(
-        counts["tokens"] * corpus.stored_bytes() / max(1, portion.position),
+        counts["tokens"] * megabytes,
         counts["tokens"] / seconds,
         rows.nbytes / counts["tokens"],
     )
