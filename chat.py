@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 
+from engine.command import as_command
 from engine.model_folder import (
     check_model_folder,
     fast_inference,
@@ -215,6 +216,7 @@ def run(arguments: argparse.Namespace):
     return stream_reply(chats[0], arguments.prompt) if arguments.prompt else converse(chats[0])
 
 
+@as_command()
 def main():
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):

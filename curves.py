@@ -6,9 +6,11 @@ python curves.py checkpoints/pretrain/<run>
 import argparse
 from pathlib import Path
 
+from engine.command import as_command
 from engine.plots import plot_curves
 
 
+@as_command()
 def main():
     parser = argparse.ArgumentParser(description="Draw a run's curves.")
     parser.add_argument("run_folder", type=Path)

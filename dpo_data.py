@@ -28,6 +28,7 @@ from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit, row_types
 from corpus.preparation import Parts
 from corpus.records import to_pairs
+from engine.command import as_command
 from engine.report import print_lines
 from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
@@ -247,6 +248,7 @@ def inspect(pairs: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str
             yield f"{name:>8}: " + (f"\033[{code}m{text}\033[0m" if colour else f"[{text}]")
 
 
+@as_command()
 def main():
     parser = argparse.ArgumentParser(description="Prepare and look at preference data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")

@@ -24,6 +24,7 @@ from corpus.exam import (
     render_question,
     render_words,
 )
+from engine.command import as_command
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
 from engine.runs import find_newest_final
@@ -214,6 +215,7 @@ def summarize_choices(rights: dict) -> tuple[dict, list[str]]:
     return scores, lines
 
 
+@as_command()
 def main():
     parser = argparse.ArgumentParser(description="Measure a checkpoint.")
     parser.add_argument("--model", help="folder; default: the newest of the furthest stage")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from engine import llama_cpp
+from engine.command import as_command
 from engine.model_folder import is_chat_model, open_model_folder
 from tokenizer import IM_END
 
@@ -182,6 +183,7 @@ def write_modelfile(target: Path, config, tokenizer):
     path.write_text(text, encoding="utf-8")
 
 
+@as_command()
 def main():
     parser = argparse.ArgumentParser(description="Write a checkpoint as a GGUF file.")
     parser.add_argument("folder", help="a final folder")

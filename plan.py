@@ -38,6 +38,7 @@ from dpo_data import PairCollator, PairRecipe
 from engine import cards, memory, optim, runs, runtime, settings
 from engine.cadence import LOOKING, SAVING
 from engine.cards import Card
+from engine.command import as_command
 from engine.memory import CONTEXT_GIB, FRAGMENTATION, StepMemory
 from engine.meter import active_parameters, flops_per_token
 from engine.time_limit import seconds_per_step
@@ -283,6 +284,7 @@ def read_gib(text: str) -> float:
     return gib
 
 
+@as_command()
 def main():
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)

@@ -24,6 +24,7 @@ from corpus.preparation import Parts
 from corpus.readers import Dropped
 from corpus.records import to_messages
 from corpus.transcripts import holds_transcript
+from engine.command import as_command
 from engine.report import print_lines
 from engine.runs import find_final
 from kernels import IGNORE_INDEX
@@ -210,6 +211,7 @@ def inspect(rows: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str]
             was_target = is_target
 
 
+@as_command()
 def main():
     parser = argparse.ArgumentParser(description="Prepare and look at fine-tuning data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")

@@ -54,6 +54,7 @@ wandb_config = {
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
+    "stop_after": None,  # "55m": save and end then; the same command goes on
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 1e-4,  # peak of the matrices that Muon takes
     "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
@@ -84,6 +85,7 @@ SAMPLE_PROMPTS = [
 ]
 
 
+@runs.one_run
 def train_sft(
     project_name: str = "llm-sft",
     run_name: str | None = None,
@@ -111,7 +113,7 @@ def train_sft(
     config["init_from"] = str(before)
 
     # 2. Run folder: a new one, or an unfinished one to resume
-    run = runs.open_run("sft", run_name, config, rt, cache.contents_of)
+    run = runs.open_run("sft", run_name, config, rt, cache.contents_of, DEFAULTS)
     if run.final.exists():
         rt.say(f"{run.final} is finished already: nothing to do.")
         return str(run.final)
@@ -166,7 +168,7 @@ def train_sft(
         log.samples(SAMPLE_PROMPTS, samples, start_step)
 
     # 8. Loop
-    with runtime.StopSignal() as stop, explain_oom(), log:
+    with rt.stop.after(config["stop_after"]) as stop, explain_oom(), log:
         for step, micro_batches in loader:  # steps count from 1
             # Every loss is divided by the targets of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.
@@ -195,14 +197,14 @@ def train_sft(
                     val_loss = metrics["val/loss"]
                     finite.check(val_loss, step)
                     log.validation(metrics, step)
-            if due.sample:
-                with log.paused("sample"):
-                    samples = evaluation.sample(model, tokenizer, prompts, rt)
-                    log.samples(SAMPLE_PROMPTS, samples, step)
             if due.save:
                 with log.paused("save"):
                     state = {"step": step, "val_loss": val_loss, "data_fingerprint": fingerprint}
                     checkpoint.save(run, model, optimizers, rt, state | log.state(), config)
+            if due.sample:  # after the save: samples may fail
+                with log.paused("sample"):
+                    samples = evaluation.sample(model, tokenizer, prompts, rt)
+                    log.samples(SAMPLE_PROMPTS, samples, step)
             if due.stop and step < loader.total_steps:
                 log.finish()
                 runs.say_how_to_resume(run, stop, rt)

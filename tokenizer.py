@@ -319,6 +319,7 @@ def main():
     # Needed by this command, not by those who import this file.
     from corpus.cache import Data, Options
     from corpus.documents import iter_documents
+    from engine.command import as_command
     from train_data import DocumentRecipe, train_on_share
 
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or measure one.")
@@ -328,22 +329,21 @@ def main():
     parser.add_argument("--output", default="checkpoints/tokenizer", help="folder to write")
     parser.add_argument("--measure", help="do not train: measure this folder or Hub name instead")
     arguments = parser.parse_args()
-    try:
-        if arguments.measure:
-            tokenizer = create_tokenizer(model_path=arguments.measure)
-        else:
-            if Path(arguments.output, "tokenizer.json").exists():
-                raise ValueError(
-                    f"{arguments.output} already holds a tokenizer: choose another --output."
-                )
-            with Data(arguments.files, Options()) as data:
-                options = arguments.vocab_size, arguments.megabytes
-                tokenizer = train_on_share(data, DocumentRecipe(None), *options)
-            tokenizer.save_pretrained(arguments.output)
-            print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")
-        print(report(tokenizer, iter_documents(arguments.files)))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    with as_command():
+        try:
+            if arguments.measure:
+                tokenizer = create_tokenizer(model_path=arguments.measure)
+            elif Path(arguments.output, "tokenizer.json").exists():
+                raise ValueError(f"{arguments.output} holds a tokenizer: choose another --output.")
+            else:
+                with Data(arguments.files, Options()) as data:
+                    options = arguments.vocab_size, arguments.megabytes
+                    tokenizer = train_on_share(data, DocumentRecipe(None), *options)
+                tokenizer.save_pretrained(arguments.output)
+                print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")
+            print(report(tokenizer, iter_documents(arguments.files)))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from corpus.packing import (
     split_windows,
 )
 from corpus.preparation import chosen_texts
+from engine.command import as_command
 from engine.disk import atomic_folder, cache_lock, settings_hash
 from engine.llama_cpp import pre_name
 from engine.progress import Progress
@@ -246,6 +247,7 @@ def inspect(splits: DatasetDict, tokenizer, max_seq_len: int, rows: int) -> Iter
         yield " ‖ ".join(f"[{tokenizer.decode(r[:1])}]{tokenizer.decode(r[1:])}" for r in runs)
 
 
+@as_command()
 def main():
     parser = argparse.ArgumentParser(description="Prepare and look at pre-training data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="DATASET")

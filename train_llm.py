@@ -59,6 +59,7 @@ wandb_config = {
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
+    "stop_after": None,  # "55m": save and end then; the same command goes on
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
     "muon_learning_rate": 1.5e-3,  # peak of the matrices that Muon takes
     "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
@@ -86,6 +87,7 @@ DEFAULTS = wandb_config  # train() has a parameter of the same name
 SAMPLE_PROMPTS = ["第一条　为了", "红烧肉的做法", "春眠不觉晓，"]
 
 
+@runs.one_run
 def train(
     project_name: str = "llm-pretrain",
     run_name: str | None = None,
@@ -109,7 +111,7 @@ def train(
     guards.check_memory(make_model_config(config, config["vocab_size"]))  # before any work
 
     # 2. Run folder: a new one, or an unfinished one to resume
-    run = runs.open_run("pretrain", run_name, config, rt, cache.contents_of)
+    run = runs.open_run("pretrain", run_name, config, rt, cache.contents_of, DEFAULTS)
     if run.final.exists():
         rt.say(f"{run.final} is finished already: nothing to do.")
         return str(run.final)
@@ -166,7 +168,7 @@ def train(
     prompts = SAMPLE_PROMPTS
 
     # 8. Loop
-    with runtime.StopSignal() as stop, explain_oom(), log:
+    with rt.stop.after(config["stop_after"]) as stop, explain_oom(), log:
         for step, micro_batches in loader:  # steps count from 1
             # Every loss is divided by the targets of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.
@@ -195,14 +197,14 @@ def train(
                     val_loss = metrics["val/loss"]
                     finite.check(val_loss, step)
                     log.validation(metrics, step)
-            if due.sample:
-                with log.paused("sample"):
-                    samples = evaluation.sample(model, tokenizer, prompts, rt)
-                    log.samples(SAMPLE_PROMPTS, samples, step)
             if due.save:
                 with log.paused("save"):
                     state = {"step": step, "val_loss": val_loss, "data_fingerprint": fingerprint}
                     checkpoint.save(run, model, optimizers, rt, state | log.state(), config)
+            if due.sample:  # after the save: samples may fail
+                with log.paused("sample"):
+                    samples = evaluation.sample(model, tokenizer, prompts, rt)
+                    log.samples(SAMPLE_PROMPTS, samples, step)
             if due.stop and step < loader.total_steps:
                 log.finish()
                 runs.say_how_to_resume(run, stop, rt)

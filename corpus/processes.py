@@ -3,7 +3,6 @@
 import gc
 import multiprocessing
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
+
+from engine.children import ignore_signals, process_context
 
 AHEAD = 2  # pieces of work that wait for each process, which bounds the memory
 
@@ -33,7 +34,7 @@ def map_in_order(work: Callable, items: Iterable, num_proc: int) -> Iterator[Any
             yield from map(work, items)
         return
     # A forked process has the tokenizer already. Where it cannot fork it is sent to the others.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    context = process_context()
     pending: deque = deque()
     errors: list[Exception] = []
     with ProcessPoolExecutor(num_proc, context, _start, (work,)) as pool:
@@ -73,10 +74,7 @@ def _start(work: Callable):
     _work = work
     gc.disable()  # looking for cycles, which the work does not make, takes a tenth of the time
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends the pool
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ignore_signals()  # they go to the parent too, which ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

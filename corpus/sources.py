@@ -23,6 +23,8 @@ from corpus.readers import find_files, input_error, is_local
 from corpus.remote import RemoteFile, Request
 from engine.disk import cache_lock, write_whole
 
+ROOT = Path(__file__).parent.parent
+SAMPLES = [f"data/{stage}_sample.jsonl" for stage in ("pretrain", "sft", "dpo")]
 MODELSCOPE = "modelscope:"
 HUB = "hf://datasets/"
 SYNTAX = "owner/name[/folder or pattern][:configuration][@split]"
@@ -52,6 +54,7 @@ def find_data(
     Raises:
         ValueError: there is no such data. One line that says what to do.
     """
+    dataset = bundled(dataset)
     if not is_remote(dataset):
         return find_files(dataset)
     memory, key = Path(cache_dir) / "hub.json", f"{dataset}, max_bytes {max_bytes}"
@@ -68,6 +71,13 @@ def find_data(
         text = json.dumps(_read(memory) | {key: entry}, indent=1, ensure_ascii=False)
         write_whole(memory, text)
     return files
+
+
+def bundled(dataset: str) -> str:
+    """The path of a sample of this project, wherever a command is run; other names stay."""
+    beside = ROOT / dataset
+    is_sample = dataset in SAMPLES and not Path(dataset).exists() and beside.exists()
+    return str(beside) if is_sample else dataset
 
 
 def is_remote(dataset: str) -> bool:
@@ -155,6 +165,6 @@ def datasets_of(dataset) -> list[tuple[str, float | None]]:
         dataset: one name, a list of names, or a dict of names with the share of each.
     """
     if isinstance(dataset, dict):
-        return [(str(name), float(share)) for name, share in dataset.items()]
+        return [(bundled(str(name)), float(share)) for name, share in dataset.items()]
     names = dataset if isinstance(dataset, list | tuple) else [dataset]
-    return [(str(name), None) for name in names]
+    return [(bundled(str(name)), None) for name in names]

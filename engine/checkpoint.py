@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model
 from transformers import GenerationConfig
 
-from engine.disk import atomic_folder
+from engine.disk import atomic_folder, make_newest, remove
 from engine.guards import NumericalError
 from engine.runtime import Runtime
 from engine.sharding import gather, whole_model
@@ -51,23 +50,28 @@ def save(run, model, optimizers, rt: Runtime, state: dict, config: dict) -> Path
         sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
     run.checkpoint = target
-    _drop_old(run.folder, config["keep_checkpoints"])
+    _drop_old(run.folder, config["keep_checkpoints"], rt)
     return target
 
 
-def _drop_old(folder: Path, keep: int):
+def _drop_old(folder: Path, keep: int, rt: Runtime):
     checkpoints = list_checkpoints(folder)
-    losses = {}
-    for path in checkpoints:
-        value = json.loads((path / "state.json").read_text()).get("val_loss")
-        if value is not None:
-            losses[path] = value
+    losses = {path: loss for path in checkpoints if (loss := _loss_of(path)) is not None}
     best = min(losses, key=lambda path: losses[path], default=None)
     kept = {best, *checkpoints[-keep:]}
     for path in set(checkpoints) - kept:
         doomed = path.with_name(path.name + ".tmp")  # half deleted, it must not look whole
-        os.replace(path, doomed)
-        shutil.rmtree(doomed)
+        with rt.extras.attempt("dropping old checkpoints"):
+            os.replace(path, doomed)
+            remove(doomed)
+
+
+def _loss_of(path: Path) -> float | None:
+    """The validation loss of a checkpoint; None where there is none, or it is damaged."""
+    try:
+        return json.loads((path / "state.json").read_text()).get("val_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def find_damage(path: Path) -> str | None:
@@ -125,6 +129,8 @@ def save_final(run, model, tokenizer, rt: Runtime) -> Path:
     with atomic_folder(run.final) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         tokenizer.save_pretrained(folder)
+    with rt.extras.attempt("the date of final"):
+        make_newest(run.final, run.folder.parent.glob("*/final"))
     return run.final
 
 

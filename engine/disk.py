@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import xxhash
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from engine.locks import WaitingLock, lock_in
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -39,10 +41,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     _sync_folder(target.parent)
 
 
-def cache_lock(cache: Path) -> FileLock:
+def cache_lock(cache: Path) -> WaitingLock:
     """Hold it while a folder of the cache is made: another run that needs the folder waits."""
     cache.mkdir(parents=True, exist_ok=True)
-    return FileLock(cache / ".lock")
+    return WaitingLock(lock_in(cache), f"another run that prepares {cache}")
 
 
 class ScratchFolder:
@@ -53,11 +55,11 @@ class ScratchFolder:
 
     def __init__(self, cache: Path, name: str):
         for folder in cache.glob(f"{name}-*"):
-            with contextlib.suppress(Timeout), FileLock(folder / ".lock", timeout=0):
+            with contextlib.suppress(Timeout), lock_in(folder).acquire(timeout=0):
                 shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         self.path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
-        self.lock = FileLock(self.path / ".lock")
+        self.lock = lock_in(self.path)
         self.lock.acquire()
 
     def clear(self):
@@ -73,6 +75,21 @@ def write_whole(path: Path, text: str):
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def remove(path: Path):
+    """Delete a file, a folder, or a link without what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def make_newest(path: Path, others: Iterable[Path]):
+    """Date a file or folder after the others, which a clock that was set back does not."""
+    newest = max((other.stat().st_mtime for other in others if other != path), default=0.0)
+    if path.stat().st_mtime <= newest:
+        os.utime(path, (newest + 1, newest + 1))
 
 
 class DiskFullError(OSError):

@@ -1,6 +1,8 @@
 """What a model does at a moment of its training: validation, and samples."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -27,6 +29,16 @@ def affordable(rows: Dataset, config: dict, loader: StepLoader) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Without dropout inside. Behind it the model trains again, also when it ended early."""
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
 @eagerly
 @torch.no_grad()
 def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
@@ -34,14 +46,14 @@ def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
 
     num_bytes: UTF-8 bytes of all targets.
     """
-    model.eval()
     totals = torch.zeros(2, dtype=sum_dtype(rt.device), device=rt.device)  # nats, targets
-    for batch in track(loader, "Validating", len(loader), "batch", shown=rt.is_main):
-        batch = rt.to_device(batch)
-        with rt.autocast():
-            totals[0] += model(**batch, num_items_in_batch=1, skip_logits=True).loss
-        totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-    model.train()
+    with evaluating(model):
+        for batch in track(loader, "Validating", len(loader), "batch", shown=rt.is_main):
+            rt.give_way()
+            batch = rt.to_device(batch)
+            with rt.autocast():
+                totals[0] += model(**batch, num_items_in_batch=1, skip_logits=True).loss
+            totals[1] += (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     nats, targets = rt.sum(totals).tolist()
     return {
         "val/loss": nats / max(targets, 1),
@@ -56,21 +68,23 @@ def sample(model, tokenizer, prompts: list[str], rt: Runtime, max_new_tokens: in
 
     All ranks must call it, because the model may be sharded.
     """
-    model = whole_model(model).eval()
+    whole = whole_model(model)
     samples = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        torch.manual_seed(0)
-        with rt.autocast():
-            output = model.generate(
-                ids.to(rt.device),
-                attention_mask=torch.ones_like(ids).to(rt.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=0.7,
-                top_p=0.9,
-                remove_invalid_values=True,  # a ruined model's NaN; the loop reports it
-            )
-        samples.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    model.train()
+    with evaluating(whole):
+        for prompt in prompts:
+            rt.give_way()
+            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            torch.manual_seed(0)
+            with rt.autocast():
+                output = whole.generate(
+                    ids.to(rt.device),
+                    attention_mask=torch.ones_like(ids).to(rt.device),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=True,
+                    temperature=0.7,
+                    top_p=0.9,
+                    remove_invalid_values=True,  # a ruined model's NaN; the loop reports it
+                )
+            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+            samples.append(text)
     return samples

@@ -12,6 +12,7 @@ from datasets import Dataset, DatasetDict
 from torch import nn
 
 from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.evaluation import evaluating
 from engine.identity import content_hash
 from engine.model_folder import check_model_folder, load_model_folder
 from engine.progress import Progress, track
@@ -149,14 +150,14 @@ def validate(scorer, loader, rt: Runtime, pair_losses) -> dict[str, float]:
 
     pair_losses: (logps, batch) -> (losses (pairs,), pair_sums).
     """
-    scorer.eval()
     totals: Counter = Counter()
-    for batch in track(loader, "Validating", len(loader), "batch", shown=rt.is_main):
-        batch = rt.to_device(batch)
-        with rt.autocast():
-            logps = scorer(**batch)
-        totals.update(pair_losses(logps, batch)[1])
-    scorer.train()
+    with evaluating(scorer):
+        for batch in track(loader, "Validating", len(loader), "batch", shown=rt.is_main):
+            rt.give_way()
+            batch = rt.to_device(batch)
+            with rt.autocast():
+                logps = scorer(**batch)
+            totals.update(pair_losses(logps, batch)[1])
     return pair_metrics(totals, rt, prefix="val/")
 
 

@@ -1,7 +1,9 @@
 """What a run tells while it trains: its log lines, its numbers, its samples, its curves."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
@@ -9,11 +11,13 @@ from tqdm import tqdm
 from engine import optim
 from engine.advice import advise
 from engine.cadence import Cadence
+from engine.extras import GivenUp
 from engine.meter import Meter, active_parameters, log_line
 from engine.plots import plot_curves
 from engine.runtime import Runtime
 from engine.steps import StepLoader
 from engine.tracker import Tracker
+from engine.watchdog import Watchdog
 
 
 class Log:
@@ -26,9 +30,9 @@ class Log:
 
     def __init__(self, run, project_name, config, rt: Runtime, model, loader: StepLoader, tokens):
         self.rt, self.folder, self.total_steps = rt, run.folder, loader.total_steps
-        self.tracker = Tracker(run, project_name, config) if rt.is_main else None
+        self.tracker = Tracker(run, project_name, config, rt.extras) if rt.is_main else None
         self.meter = Meter(model, loader.start_step, loader.total_steps, tokens, rt.device)
-        self.paused = self.meter.paused
+        self.watchdog = Watchdog(run.folder, rt.rank, rt.say)
         self.cadence = Cadence(config, loader, self.meter, rt)
         self.due = self.cadence.due
 
@@ -39,9 +43,11 @@ class Log:
         for line in self.cadence.describe():
             self.rt.say(line)
         self.meter.start()
+        self.watchdog.__enter__()
         return self
 
     def __exit__(self, *exception):
+        self.watchdog.__exit__()
         self.bar.close()
         self.rt.say(f"Time of the loop: {self.meter.shares()}.")
 
@@ -49,6 +55,22 @@ class Log:
         """A step has ended."""
         self.meter.tokens_seen += num_tokens
         self.bar.update()
+        self.watchdog.step()
+
+    @contextlib.contextmanager
+    def paused(self, kind: str) -> Iterator[None]:
+        """Time of a validation, samples or a save: "eval", "sample" or "save".
+
+        A validation and samples end early when the run is asked to stop. Samples may fail.
+        """
+        self.watchdog.pause()
+        with self.meter.paused(kind), contextlib.suppress(GivenUp):
+            if kind == "sample":
+                with self.rt.extras.attempt("samples"):
+                    yield
+            else:
+                yield
+        self.watchdog.go_on()
 
     def train(self, metrics: dict, step: int, more: str = ""):
         """The numbers of a training step, and a line of them with `more` behind it."""
@@ -73,7 +95,8 @@ class Log:
 
     def draw_curves(self):
         if self.rt.is_main:
-            plot_curves(self.folder)
+            with self.rt.extras.attempt("curves.png"):
+                plot_curves(self.folder)
 
     def state(self) -> dict:
         """What a checkpoint keeps of the log."""
@@ -81,8 +104,10 @@ class Log:
         return {"tokens_seen": self.meter.tokens_seen, "wandb_id": wandb_id}
 
     def finish(self):
+        """The end of a run: what could not be done is said again."""
         if self.tracker:
             self.tracker.finish()
+        self.rt.extras.summarize()
 
 
 def describe_run(config: dict, model, loader: StepLoader, rt: Runtime, trial=None) -> str:

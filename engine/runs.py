@@ -6,31 +6,38 @@ checkpoints/<stage>/<run>/final/              a plain Hugging Face folder
 """
 
 import contextlib
+import functools
+import itertools
 import json
-import math
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
 from engine import checkpoint
-from engine.disk import write_whole
+from engine.disk import make_newest, remove, write_whole
+from engine.extras import lasting_streams
+from engine.locks import describe_lock, lock_in
+from engine.resuming import (
+    OTHER_BYTES,
+    changed_keys,
+    have_same_bytes,
+    typed_command,
+    words_that_take,
+)
 from engine.runtime import Runtime
-from engine.settings import AUTO_ROWS
+from engine.stop import interruptible
 
-# Keys that may differ between a checkpoint and the run that resumes it.
-FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
-FREE_KEYS |= {"num_proc", "verify_data"}
-FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing", "device"}
-# These may differ as long as their product, the rows of a step, is the same.
-STEP_KEYS = ("batch_size", "gradient_accumulation_steps", "num_processes")
 # From the last stage to the first, with the script that runs it.
 SCRIPTS = {"dpo": "dpo_train.py", "sft": "sft_train.py", "pretrain": "train_llm.py"}
+# Seconds in which the processes of a run that was killed have ended, and its lock is free.
+KILLED_RUN_SECONDS = 8.0
+_locks: ContextVar[list[BaseFileLock] | None] = ContextVar("locks of one_run", default=None)
 
 
 class RunError(ValueError):
@@ -56,12 +63,39 @@ class Run:
         return self.folder / "final"
 
 
+def one_run(stage_function: Callable) -> Callable:
+    """What holds for a whole run, from the first line of a stage's function until it returns or
+    raises: a signal ends it (in the loop it is noted), printing never fails, and behind it the
+    folder is free again.
+    """
+
+    @functools.wraps(stage_function)
+    def run(*arguments, **options):
+        with interruptible(), lasting_streams(), _releasing_locks():
+            return stage_function(*arguments, **options)
+
+    return run
+
+
+@contextlib.contextmanager
+def _releasing_locks() -> Iterator[None]:
+    locks: list[BaseFileLock] = []
+    token = _locks.set(locks)
+    try:
+        yield
+    finally:
+        _locks.reset(token)
+        for lock in locks:
+            lock.release(force=True)
+
+
 def open_run(
     stage: str,
     run_name: str | None,
     config: dict,
     rt: Runtime,
     contents: Callable[[dict], dict[str, str]] = lambda config: {},
+    defaults: dict | None = None,
 ) -> Run:
     """Take the run folder to write to: a new one, or with resume "auto" one that was cut off.
 
@@ -70,19 +104,43 @@ def open_run(
 
     contents: gives hashes of the bytes that keys of the configuration name, such as `dataset`. For
         these keys the bytes are compared, and not where they lie.
+    defaults: of the script. A key that an older version did not know counts as its default.
 
     Raises:
-        RunError: it is finished, of another configuration, in use or not writable.
+        RunError: it is finished, of another configuration, in use or not writable, or run_name is
+            no name of a folder.
     """
+    _check_name(run_name)
     config = config | {"num_processes": rt.world}
-    run = _open_run(stage, run_name, config, contents) if rt.is_main else None
+    run = _open_run(stage, run_name, config, contents, defaults or {}, rt) if rt.is_main else None
     lock, run = (run.lock, replace(run, lock=None)) if run else (None, None)  # stays with its rank
     run = rt.from_main(run)
     run.lock = lock
+    if lock and (locks := _locks.get()) is not None:
+        locks.append(lock)
     return run
 
 
-def _open_run(stage: str, run_name: str | None, config: dict, contents: Callable) -> Run:
+def _check_name(run_name: str | None):
+    """A run is one folder of its stage: so the next stage finds it, and nothing else is touched."""
+    if run_name is None:
+        return
+    is_folder = run_name.strip() == run_name and run_name not in ("", ".", "..")
+    if not is_folder or set(run_name) & set("/\\\0\n\r") or run_name.endswith(".tmp"):
+        raise RunError(
+            f"run_name={run_name!r} must be the name of one folder: not empty, no / and no \\. "
+            "Write sweep-lr1, not sweep/lr1."
+        )
+
+
+def _open_run(
+    stage: str,
+    run_name: str | None,
+    config: dict,
+    contents: Callable[[dict], dict[str, str]],
+    defaults: dict,
+    rt: Runtime,
+) -> Run:
     root = Path(config["output_dir"]) / stage
     where = f"output_dir {config['output_dir']!r}"
     try:
@@ -92,31 +150,78 @@ def _open_run(stage: str, run_name: str | None, config: dict, contents: Callable
     if not os.access(root, os.W_OK):
         raise RunError(f"{where}: no permission to write there; choose another folder.")
     config = config | {"contents": contents(config)}
-    if run_name is None:
-        folder = _newest_unfinished(root, config) if config["resume"] else None
-        folder = folder or _unused(root / time.strftime("%Y%m%d-%H%M%S"))
-    else:
-        folder = root / run_name
-        _check_may_take(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    # A singleton: a call after a failed one in the same process may take the lock again.
-    lock = FileLock(folder.resolve() / ".lock", is_singleton=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(
-            f"{folder} is in use by another run: wait for it, or choose another run_name."
-        ) from error
+    folder, lock = _take_folder(root, run_name, config, defaults, rt)
     run = Run(folder, lock=lock)
     if run.final.exists():
         return run
     for stale in folder.glob("*.tmp"):
-        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        remove(stale)
     write_whole(folder / "run.json", json.dumps(config, indent=1, ensure_ascii=False))
+    make_newest(folder / "run.json", root.glob("*/run.json"))
     run.checkpoint = _newest_whole(folder)
     if run.checkpoint:
         run.state = json.loads((run.checkpoint / "state.json").read_text())
     return run
+
+
+def _take_folder(
+    root: Path, run_name: str | None, config: dict, defaults: dict, rt: Runtime
+) -> tuple[Path, BaseFileLock]:
+    unfinished = _unfinished(root) if config["resume"] else []
+    if run_name is not None:
+        folder = root / run_name
+        _check_may_take(folder, config, defaults)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "run.json").exists():
+            _say_what_is_not_taken(unfinished, config, defaults, rt)
+        return folder, _take_lock(folder)
+    same = [folder for folder in unfinished if not changed_keys(folder, config, defaults)]
+    for folder in same:
+        with contextlib.suppress(Timeout):
+            return folder, _acquire(folder, 0.0)
+    if same:
+        with contextlib.suppress(Timeout):
+            return same[0], _acquire(same[0], KILLED_RUN_SECONDS)
+        rt.say(f"{same[0]} has the same configuration and is in use by another run: not taken.")
+    folder = _make_unused(root / time.strftime("%Y%m%d-%H%M%S"))
+    _say_what_is_not_taken([f for f in unfinished if f not in same], config, defaults, rt)
+    return folder, _take_lock(folder)
+
+
+def _take_lock(folder: Path) -> BaseFileLock:
+    try:
+        return _acquire(folder, KILLED_RUN_SECONDS)
+    except Timeout as error:
+        raise RunError(
+            f"{folder} is in use by another run: wait for it, or choose another run_name "
+            f"({describe_lock(lock_in(folder))})."
+        ) from error
+
+
+def _acquire(folder: Path, seconds: float) -> BaseFileLock:
+    """Raises Timeout while another process has the folder's lock."""
+    # A singleton: a call after a failed one in the same process may take the lock again.
+    lock = lock_in(folder.resolve(), is_singleton=True)
+    lock.acquire(timeout=seconds)
+    return lock
+
+
+def _say_what_is_not_taken(unfinished: list[Path], config: dict, defaults: dict, rt: Runtime):
+    """One line: what differs in the newest of them, and the command that takes it.
+
+    One that has learned from the same bytes is spoken of before a newer one of other bytes.
+    """
+    if not unfinished:
+        return
+    begun = [f for f in unfinished if checkpoint.list_checkpoints(f) and have_same_bytes(f, config)]
+    folder = (begun or unfinished)[0]
+    changed = "; ".join(changed_keys(folder, config, defaults)) or "another run_name"
+    words = words_that_take(folder, config, defaults)
+    rt.say(
+        f"Unfinished and not taken: {folder} ({'the same bytes; ' * bool(begun)}{changed}). "
+        f"To take it{', put the old bytes back' * (OTHER_BYTES in changed)}: "
+        f"{typed_command(*words) or ' '.join(words)}"
+    )
 
 
 def _newest_whole(folder: Path) -> Path | None:
@@ -139,77 +244,37 @@ def _newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def _unused(folder: Path) -> Path:
-    names = [folder, *(folder.with_name(f"{folder.name}-{i}") for i in range(2, 1000))]
-    return next(name for name in names if not name.exists())
-
-
-def _newest_unfinished(root: Path, config: dict) -> Path | None:
-    unfinished = [f.parent for f in root.glob("*/run.json") if not (f.parent / "final").exists()]
-    unfinished.sort(key=lambda folder: (folder / "run.json").stat().st_mtime)
-    changes = {folder: changed_keys(folder, config) for folder in unfinished}
-    same = [folder for folder in unfinished if not changes[folder]]
-    if same:
-        return same[-1]
-    for folder in unfinished[::-1]:
-        if checkpoint.list_checkpoints(folder) and _same_contents(folder, config):
-            print(
-                f"Starting a new run. An unfinished one on the same bytes is {folder}; it differs "
-                f"in {'; '.join(changes[folder])}.",
-                flush=True,
-            )
+def _make_unused(folder: Path) -> Path:
+    """Make a folder that no other run has made, however many start at once."""
+    name = folder
+    for number in itertools.count(2):
+        with contextlib.suppress(FileExistsError):
+            name.mkdir()
             break
-    return None
+        name = folder.with_name(f"{folder.name}-{number}")
+    return name
 
 
-def _same_contents(folder: Path, config: dict) -> bool:
-    contents = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("contents")
-    return bool(contents) and contents == config["contents"]
+def _unfinished(root: Path) -> list[Path]:
+    """The newest first."""
+    found = [f.parent for f in root.glob("*/run.json") if not (f.parent / "final").exists()]
+    return sorted(found, key=lambda f: (f / "run.json").stat().st_mtime, reverse=True)
 
 
-def _check_may_take(folder: Path, config: dict):
+def _check_may_take(folder: Path, config: dict, defaults: dict):
     if not (folder / "run.json").exists():
         # A run that was killed at its very beginning left its lock, and perhaps half a run.json.
-        ours = {".lock", "run.json.tmp"}
+        ours = {".lock", ".softlock", "run.json.tmp"}
         if folder.exists() and any(path.name not in ours for path in folder.iterdir()):
             raise RunError(f"{folder} is not empty and not a run: choose another run_name.")
         return
     if not config["resume"]:
         raise RunError(f'{folder} exists: choose another run_name, or set resume to "auto".')
-    if changed := changed_keys(folder, config):
+    if changed := changed_keys(folder, config, defaults):
         raise RunError(
             f"{folder} was started with another configuration ({'; '.join(changed)}): choose "
             "another run_name, or set these back to resume it."
         )
-
-
-def changed_keys(folder: Path, config: dict) -> list[str]:
-    """'key: old -> new' of every key that must be equal for an exact resume."""
-    old = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    keys = sorted((set(old) | set(config)) - FREE_KEYS - set(STEP_KEYS) - {"contents"})
-    has_begun = bool(checkpoint.list_checkpoints(folder))
-    changed = [change for key in keys if (change := _change(key, old, config, has_begun))]
-    rows = [rows_per_step(settings) for settings in (old, config)]
-    if rows[0] != rows[1]:
-        changed.append(f"{' * '.join(STEP_KEYS)}: {rows[0]} -> {rows[1]}")
-    return changed
-
-
-def _change(key: str, old: dict, config: dict, has_begun: bool) -> str:
-    """'key: old -> new', or '' where both are the same: the same bytes, where these are known."""
-    values = [settings.get(key) for settings in (old, config)]
-    hashes = [settings.get("contents", {}).get(key) for settings in (old, config)]
-    same_name = values[0] == values[1]
-    if None in hashes or (same_name and not has_begun):  # nothing was learned from other bytes
-        return "" if same_name else f"{key}: {values[0]!r} -> {values[1]!r}"
-    if hashes[0] == hashes[1]:
-        return ""
-    return f"{key}: {values[0]!r} -> {values[1]!r}" + " with other bytes" * same_name
-
-
-def rows_per_step(config: dict) -> int:
-    values = [config.get(key, 1) for key in STEP_KEYS]
-    return math.prod(AUTO_ROWS if value == "auto" else value for value in values)
 
 
 def check_same_data(run: Run, fingerprint: str):
@@ -254,5 +319,6 @@ def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
 
 
 def say_how_to_resume(run: Run, stop, rt: Runtime):
-    command = " ".join([Path(sys.executable).name, *sys.argv])
-    rt.say(f"Stopped by {stop.received}; saved {run.checkpoint}. Resume with: {command}")
+    command = typed_command() or "the same call"  # in a notebook
+    by = stop.received or "a signal to another rank"
+    rt.say(f"Stopped by {by}; saved {run.checkpoint}. Resume with: {command}")

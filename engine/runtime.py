@@ -1,10 +1,9 @@
-"""Where and how a run computes: its device, its precision, its ranks, and the signals it gets."""
+"""Where and how a run computes: its device, its precision, its ranks, and what it is asked."""
 
 import contextlib
 import ctypes
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +20,8 @@ from tqdm import tqdm
 
 import kernels
 from engine.device import check_card_is_usable, check_kernels, describe_old_card
+from engine.extras import Extras, GivenUp
+from engine.stop import StopSignal
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Runtime:
 
     dtype: of matrix products under autocast; None: fp32. scaler: of fp16's loss, otherwise
     disabled. accelerator: None where nothing is distributed. started: by time.monotonic().
+    stop: whether the run was asked to end. extras: what may fail without ending it.
     """
 
     device: torch.device
@@ -38,6 +40,8 @@ class Runtime:
     rank: int = 0
     world: int = 1
     started: float = field(default_factory=time.monotonic)
+    stop: StopSignal = field(default_factory=StopSignal)
+    extras: Extras = field(default_factory=Extras)
 
     @property
     def is_main(self) -> bool:
@@ -107,6 +111,11 @@ class Runtime:
     def all(self, flag: bool) -> bool:
         return not self.any(not flag)
 
+    def give_way(self):
+        """Raises GivenUp where a validation or samples would delay a stop for too long."""
+        if self.any(self.stop.is_urgent()):
+            raise GivenUp
+
     def from_main(self, value):
         """The first rank's value."""
         if self.world == 1:
@@ -157,7 +166,8 @@ def start(mixed_precision: str, seed: int, device_choice: str = "auto") -> Runti
 def make_runtime(dtype: torch.dtype | None, device: torch.device, **place) -> Runtime:
     """A runtime whose scaler fits its dtype: fp16 has one that works."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    return Runtime(device, dtype, scaler, **place)
+    extras = Extras(shown=place.get("rank", 0) == 0)
+    return Runtime(device, dtype, scaler, extras=extras, **place)
 
 
 def choose_dtype(
@@ -286,26 +296,3 @@ def find_compiler_problem(device: torch.device) -> str | None:
 def eagerly(function):
     """A function that runs no compiled code, and compiles none."""
     return torch.compiler.set_stance("force_eager")(function)
-
-
-class StopSignal:
-    """SIGINT (Ctrl-C) and SIGTERM ask the loop to finish its step. A second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.received: str | None = None
-        self._previous = {}
-
-    def __enter__(self):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(ValueError):  # only the main thread may install a handler
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def _handle(self, number, frame):
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
-
-    def __exit__(self, *exception):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

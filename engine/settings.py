@@ -11,6 +11,8 @@ import sys
 
 import torch
 
+from engine.extras import replace_unprintable
+
 CHOICES = {
     "mixed_precision": ("fp16", "bf16", "no"),
     "optimizer": ("adamw", "muon"),
@@ -31,7 +33,7 @@ AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20)
 AT_MOST |= {"num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
 # Keys that may be None, with an example of another value.
 OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
-OPTIONAL |= {"time_limit": ""}
+OPTIONAL |= {"time_limit": "", "stop_after": ""}
 OPTIONAL |= {"text_column": "", "num_proc": 1, "max_dataset_bytes": 1.0}  # 2e9 is no int
 # Keys that may be "auto", with an example of another value.
 AUTO = dict.fromkeys(("batch_size", "log_every", "eval_every", "sample_every", "save_every"), 1)
@@ -79,7 +81,7 @@ def find_problem(key: str, value, default) -> str | None:
             return None
         default = OPTIONAL[key]
     rule = None
-    if key == "time_limit":
+    if key in ("time_limit", "stop_after"):
         rule = None if parse_seconds(value) else "a time such as '8h', '90m' or '1h30m'"
     elif isinstance(default, bool):
         rule = None if isinstance(value, bool) else "True or False"
@@ -249,6 +251,7 @@ def join_values(words: list[str]) -> list[str]:
 
 def run_from_command_line(stage_function, defaults: dict):
     """Call a stage's function with the command line's keys. An error becomes one clear line."""
+    replace_unprintable()
     try:
         overrides = parse_arguments(sys.argv[1:], stage_function, defaults)
         own = own_arguments(stage_function)
@@ -261,7 +264,12 @@ def run_from_command_line(stage_function, defaults: dict):
         ) from error
     except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         raise SystemExit(f"error: {error}") from error
-    except KeyboardInterrupt:  # before or after the loop, which saves first
-        raise SystemExit(
-            "interrupted: nothing was being trained; run the same command again"
-        ) from None
+    except KeyboardInterrupt as error:  # before or after the loop, which saves first
+        raise SystemExit(describe_interruption(error)) from None
+
+
+def describe_interruption(error: KeyboardInterrupt) -> str:
+    return (
+        f"interrupted: {error or 'Ctrl-C'}; run the same command again, it continues from what is "
+        "there"
+    )

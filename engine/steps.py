@@ -1,6 +1,9 @@
 """The steps of a run: which rows each one trains on, and in which order."""
 
 import math
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from itertools import islice
 
@@ -8,8 +11,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from engine.children import ignore_signals, noticed_later, process_context, unheard
 from engine.runtime import Runtime
 from kernels import IGNORE_INDEX
+
+AHEAD = 2  # micro-batches that each worker collates ahead
+# Seconds in which a worker has collated one. Where shared memory ends it never has.
+WORKER_SECONDS = 120
+WORKER_IS_LOST = ("killed by signal", "exited unexpectedly", "timed out", "shared memory")
+SHARED_MEMORY = "/dev/shm"
 
 
 class StepSampler:
@@ -65,19 +75,60 @@ class StepSampler:
 
 
 class StepLoader:
-    """Iterates over (step, this rank's micro-batches of the step). Steps count from 1."""
+    """Iterates over (step, this rank's micro-batches of the step). Steps count from 1.
+
+    Where its workers cannot work it goes on without them: the batches are the same.
+    """
 
     def __init__(self, rows, collate, config: dict, rt: Runtime, start_step: int = 0):
         self.order = StepSampler(len(rows), config, rt.rank, rt.world, start_step)
         self.total_steps, self.start_step = self.order.total_steps, start_step
         self.row_length = collate.row_length
         self.tokens_per_step = min(self.order.rows_per_step, len(rows)) * self.row_length  # at most
-        self.batches = make_loader(rows, collate, config["num_workers"], self.order)
+        self.rows, self.collate, self.config, self.rt = rows, collate, config, rt
+        self.num_workers = config["num_workers"]
 
     def __iter__(self) -> Iterator[tuple[int, list[dict]]]:
-        batches = iter(self.batches)
+        self._check_shared_memory()
+        batches = self._batches_from(self.start_step)
         for step in self.order.steps_left():
-            yield step, list(islice(batches, self.order.micro_batches(step)))
+            count = self.order.micro_batches(step)
+            try:
+                micro_batches = list(islice(batches, count))
+            except RuntimeError as error:
+                if not self.num_workers or not any(words in str(error) for words in WORKER_IS_LOST):
+                    raise
+                self._do_without_workers(str(error).splitlines()[0])
+                batches = self._batches_from(step - 1)
+                micro_batches = list(islice(batches, count))
+            yield step, micro_batches
+
+    def _batches_from(self, step: int) -> Iterator[dict]:
+        """The micro-batches behind a step."""
+        order = StepSampler(self.order.rows, self.config, self.rt.rank, self.rt.world, step)
+        with unheard(), noticed_later():  # a signal to all processes must not end the workers
+            return iter(make_loader(self.rows, self.collate, self.num_workers, order))
+
+    def _check_shared_memory(self):
+        """Workers hand their batches over in /dev/shm. Where it is too small they wait for ever."""
+        if not self.num_workers or not self.order.steps_left() or not os.path.isdir(SHARED_MEMORY):
+            return
+        first = next(iter(self.order))
+        batch = self.collate([self.rows.with_format("numpy")[row] for row in first])
+        size = sum(tensor.nbytes + 4096 for tensor in batch.values())  # 4096: of a page
+        needed = size * (AHEAD * self.num_workers + 2) * self.rt.world  # mostly on one machine
+        free = shutil.disk_usage(SHARED_MEMORY).free
+        if free < needed:
+            mib = 2**20
+            self._do_without_workers(
+                f"they need about {needed / mib:.1f} MiB of {SHARED_MEMORY}, where "
+                f"{free / mib:.1f} are free (docker: --shm-size=1g or --ipc=host)"
+            )
+
+    def _do_without_workers(self, why: str):
+        what = f"the {self.num_workers} data workers (num_workers)"
+        self.num_workers = 0
+        self.rt.extras.warn(what, why, "rows are collated without them, as with num_workers 0")
 
 
 def validation_loader(rows, collate, config: dict, rt: Runtime) -> DataLoader:
@@ -87,14 +138,20 @@ def validation_loader(rows, collate, config: dict, rt: Runtime) -> DataLoader:
 
 
 def make_loader(rows, collate, num_workers: int, batch_sampler) -> DataLoader:
+    workers: dict = {}
+    if num_workers:
+        workers = {"timeout": WORKER_SECONDS, "worker_init_fn": ignore_signals}
+        workers |= {"persistent_workers": True, "prefetch_factor": AHEAD}
+        if sys.platform == "linux":
+            workers["multiprocessing_context"] = process_context()
     return DataLoader(
         rows.with_format("numpy"),
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
         generator=torch.Generator().manual_seed(0),  # without it iterators use the global generator
         batch_sampler=batch_sampler,
+        **workers,
     )
 
 

@@ -330,7 +330,7 @@ def test_the_command_trains_saves_and_compares_with_one_token_per_character(tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output", "full"], "error: full already holds a tokenizer: choose another --output"),
+        (["--output", "full"], "error: full holds a tokenizer: choose another --output"),
         (["--measure", "absent"], "error: No tokenizer could be loaded from 'absent'"),
     ],
 )

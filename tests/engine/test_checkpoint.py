@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from tiny import CPU, cpu_runtime, tiny_model
 from engine import checkpoint, optim
 from engine.guards import NumericalError
 from engine.model_folder import load_model_folder, open_model_folder
-from engine.runs import Run, open_run
+from engine.runs import Run, find_final, open_run
 from engine.runtime import Runtime
 
 ALONE = cpu_runtime()
@@ -247,3 +248,42 @@ def test_tools_take_the_cpu_where_torch_is_built_for_cuda_but_there_is_no_driver
     monkeypatch.setattr(torch.accelerator, "current_accelerator", built_for_cuda)
     model, _ = open_model_folder(base_model)
     assert model.device.type == "cpu"
+
+
+# --- old checkpoints that are not as they were written ------------------------------------------
+
+
+def test_an_old_checkpoint_that_is_broken_or_a_link_ends_no_training(tmp_path):
+    run = open_run_in(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    for step in (1, 2, 3):
+        save(run, step, val_loss=1.0)
+    (run.folder / "step_00000001").rename(elsewhere)
+    (run.folder / "step_00000001").symlink_to(elsewhere)
+    (run.folder / "step_00000002" / "state.json").write_text("[")
+    save(run, 4, val_loss=0.5)
+    save(run, 5)
+    assert names(run) == ["step_00000004", "step_00000005"]
+    assert (elsewhere / "model.safetensors").exists(), "what a link leads to is not ours"
+
+
+def test_a_checkpoint_that_cannot_be_dropped_is_said_and_stays(tmp_path, capsys):
+    run, parts = open_run_in(tmp_path), trained()
+    for step in (1, 2):
+        save(run, step, parts=parts)
+    (run.folder / "step_00000001.tmp").write_text("in the way")
+    save(run, 3, parts=parts)
+    assert names(run) == ["step_00000001", "step_00000002", "step_00000003"]
+    assert capsys.readouterr().out.startswith("WARNING: dropping old checkpoints: NotADirectory")
+
+
+def test_a_result_is_the_newest_also_when_the_clock_was_set_back(tmp_path, tokenizer):
+    model = tiny_model(vocab_size=len(tokenizer))
+    first = checkpoint.save_final(
+        open_run("pretrain", "a", config_in(tmp_path), ALONE), model, tokenizer, ALONE
+    )
+    os.utime(first, (4e9, 4e9))
+    second = checkpoint.save_final(
+        open_run("pretrain", "b", config_in(tmp_path), ALONE), model, tokenizer, ALONE
+    )
+    assert find_final(str(tmp_path), "pretrain") == second

@@ -67,11 +67,28 @@ def test_a_file_is_whole_or_as_before(tmp_path):
     assert (tmp_path / "a").read_text(encoding="utf-8") == "旧"
 
 
-def test_metrics_that_cannot_be_written_are_the_same_error_and_the_whole_lines_remain(tmp_path):
+def test_metrics_that_cannot_be_written_end_no_training_and_are_written_when_there_is_room(
+    tmp_path, capsys
+):
     tracker = Tracker(Run(tmp_path), "project", {})
     tracker.log({"loss": 1.0}, 1)
-    with full_disk(), pytest.raises(DiskFullError, match=r"metrics\.jsonl could not be written"):
-        tracker.log({"text": "字" * 1000}, 2)
+    capsys.readouterr()
+    with full_disk():
+        for step in (2, 3):
+            tracker.log({"text": "字" * 1000}, step)
+    assert capsys.readouterr().out.count("WARNING: metrics.jsonl: OSError") == 1
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n"), "no half line"
+    tracker.log({"loss": 1.0}, 4)
+    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert tracker.extras.failures == {}
+
+
+def test_metrics_that_wait_are_written_at_the_end(tmp_path):
+    tracker = Tracker(Run(tmp_path), "project", {})
+    with full_disk():
+        tracker.log({"text": "字" * 1000}, 1)
+    tracker.finish()
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 

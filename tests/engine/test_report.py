@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import wandb
 from tiny import CPU, cpu_runtime, tiny_model
 
 from corpus.packing import PackedCollator
@@ -16,7 +15,6 @@ from engine.meter import Meter, active_parameters, flops_per_token, log_line
 from engine.report import Log, describe_run, print_lines, step_metrics
 from engine.runs import Run
 from engine.steps import StepSampler, count_targets, output_sums
-from engine.tracker import Tracker, is_logged_in, read_metrics
 
 LINE = {
     "train/loss": 2.5,
@@ -39,104 +37,6 @@ def make_log(folder, rt=None):
     loader = SimpleNamespace(start_step=2, total_steps=10)
     every = {f"{name}_every": "auto" for name in ("log", "eval", "sample", "save")}
     return Log(Run(folder), "project", every, rt or cpu_runtime(), tiny_model(), loader, 1000)
-
-
-# --- metrics.jsonl and wandb ------------------------------------------------------------------
-
-
-def test_every_logged_number_is_one_json_object_a_line(tmp_path):
-    tracker = Tracker(Run(tmp_path), "project", {})
-    tracker.log({"train/loss": 2.5}, 1)
-    tracker.log_samples(["问"], ["答"], 1)
-    tracker.finish()
-    assert lines(tmp_path) == [
-        {"step": 1, "train/loss": 2.5},
-        {"step": 1, "samples": [["问", "答"]]},
-    ]
-
-
-def test_a_resumed_run_drops_the_lines_behind_its_checkpoint_and_a_torn_one(tmp_path):
-    written = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(written) + '\n{"step": 4, "tra')
-    tracker = Tracker(Run(tmp_path, state={"step": 2}), "project", {})
-    tracker.log({"train/loss": 9.0}, 3)
-    tracker.finish()
-    assert [(m["step"], m["train/loss"]) for m in lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
-
-
-@pytest.mark.parametrize("missing", range(1, 21, 2))
-def test_a_line_may_be_cut_anywhere_and_hold_any_character(tmp_path, missing):
-    whole = (
-        json.dumps({"step": 1, "samples": [["问", "a\u2028b\u0085c"]]}, ensure_ascii=False) + "\n"
-    )
-    torn = json.dumps({"step": 2, "samples": [["春眠不觉晓"]]}, ensure_ascii=False).encode()
-    (tmp_path / "metrics.jsonl").write_bytes(whole.encode() + torn[:-missing])
-    assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
-
-
-@pytest.mark.slow
-def test_wandb_is_offline_without_an_account_and_never_asks(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert not is_logged_in()
-    tracker = Tracker(Run(tmp_path), "project", {"batch_size": 2})
-    tracker.log({"train/loss": 2.5}, 1)
-    tracker.finish()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "cause"),
-    [(OSError("no route\nto host"), "no route"), (TimeoutError(), "TimeoutError()")],
-)
-def test_an_unreachable_wandb_stops_no_run(tmp_path, monkeypatch, capsys, error, cause):
-    real = wandb.init
-
-    def unreachable(mode, **options):
-        if mode == "online":
-            raise error
-        return real(mode=mode, **options)
-
-    monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(wandb, "init", unreachable)
-    Tracker(Run(tmp_path), "project", {}).finish()
-    printed = capsys.readouterr().out
-    assert f"wandb cannot be reached ({cause}): logging offline." in printed
-    assert printed.endswith("; wandb: offline\n")
-
-
-KEY = "0" * 40
-CLOUD, OWN, OTHER = "https://api.wandb.ai", "https://wandb.example.org", "https://other.org"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("machine", "server", "key", "expected"),
-    [
-        ("api.wandb.ai", CLOUD, None, "True"),
-        ("wandb.example.org", OWN, None, "True"),
-        ("wandb.example.org", OTHER, None, "False"),
-        ("wandb.example.org", CLOUD, None, "False"),
-        ("nowhere", OWN, KEY, "True"),
-        ("nowhere", CLOUD, "too short", "True"),  # wandb.init then says what is wrong with it
-    ],
-)
-def test_an_account_is_asked_of_wandb_for_the_server_in_use(
-    tmp_path, run_python, monkeypatch, machine, server, key, expected
-):
-    """In a process of its own: wandb remembers what it has seen."""
-    (tmp_path / ".netrc").write_text(f"machine {machine} login user password {KEY}\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    for name, value in {"HOME": str(tmp_path), "WANDB_BASE_URL": server}.items():
-        monkeypatch.setenv(name, value)
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    if key:
-        monkeypatch.setenv("WANDB_API_KEY", key)
-    done = run_python("from engine.tracker import is_logged_in; print(is_logged_in())")
-    assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
 # --- the log ----------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from tiny import cpu_runtime
 
+from engine.resuming import changed_keys
 from engine.runs import (
     Run,
     RunError,
-    changed_keys,
     check_same_data,
     find_final,
     find_newest_final,

@@ -51,8 +51,9 @@ def test_other_bytes_are_another_run_and_an_unfinished_one_is_spoken_of(tmp_path
     with crash_after(1):
         train(wandb_config=config | {"learning_rate": 1e-5})
     printed = capsys.readouterr().out
-    assert f"unfinished one on the same bytes is {tmp_path}/checkpoints/pretrain/first" in printed
-    assert "it differs in learning_rate: " in printed
+    first = tmp_path / "checkpoints/pretrain/first"
+    assert f"Unfinished and not taken: {first} (the same bytes; learning_rate: " in printed
+    assert "To take it: " in printed and " --run_name first --learning_rate " in printed
     write_jsonl(Path(config["dataset"]), [{"text": f"别的{n}"} for n in range(60)])
     with no_training(), pytest.raises(RunError, match=r"corpus\.jsonl' with other bytes"):
         train(wandb_config=config, run_name="first")

@@ -1,0 +1,55 @@
+"""A loop that has fallen silent says where it waits, once."""
+
+import re
+import time
+
+import pytest
+
+from engine.watchdog import Watchdog
+
+
+def wait_for_the_slow_part(seconds: float):
+    time.sleep(seconds)
+
+
+@pytest.mark.slow
+def test_a_step_of_many_medians_says_where_it_waits_once(tmp_path):
+    said = []
+    with Watchdog(tmp_path, 0, said.append) as watchdog:
+        for _ in range(10):
+            time.sleep(0.02)
+            watchdog.step()
+        assert said == []
+        wait_for_the_slow_part(8.0)
+        watchdog.step()
+        wait_for_the_slow_part(8.0)
+    [line] = said
+    assert line.startswith("WARNING: this step has taken ")
+    assert re.search(r"It waits in .*test_watchdog\.py, line \d+; the stacks", line)
+    assert str(tmp_path / "stack.txt") in line
+    assert "wait_for_the_slow_part" in (tmp_path / "stack.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_validation_is_no_step_and_neither_is_the_first_one(tmp_path):
+    said = []
+    with Watchdog(tmp_path, 1, said.append) as watchdog:
+        time.sleep(6.5)
+        for _ in range(10):
+            watchdog.step()
+        watchdog.pause()
+        time.sleep(6.5)
+        watchdog.go_on()
+        watchdog.step()
+    assert said == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_said_and_no_error(tmp_path):
+    said = []
+    with Watchdog(tmp_path / "gone", 1, said.append) as watchdog:
+        for _ in range(10):
+            watchdog.step()
+        time.sleep(7)
+    assert "stack_1.txt cannot be written" in said[0]
