@@ -19,6 +19,7 @@ LOOKING = 0.05  # of the time so far may go to validation and samples
 SAVING = 0.02  # of the time may go to saves
 VALIDATIONS, SAMPLES = 50, 10  # in a long run, where the time pays for them
 AT_LEAST = 4  # validations in a run, also where it does not
+FIRST_LINES = 10  # of the first steps: each has one, and shows at once that the run works
 LOG_STEPS, LOG_SECONDS = 10, 3.0  # between two lines, whichever is longer
 SAVE_SECONDS = 15 * 60.0  # between two saves, at most
 
@@ -82,7 +83,7 @@ class Cadence:
 
     def _log(self, step: int) -> bool:
         last_step, last_time = self.last_log
-        is_first = last_time == -math.inf
+        is_first = step - self.start <= FIRST_LINES
         waited = step - last_step >= LOG_STEPS and self.clock() - last_time >= LOG_SECONDS
         return is_first or waited
 
@@ -121,7 +122,8 @@ class Cadence:
         """What "auto" comes to."""
         looks = f"where {LOOKING:.0%} of the time pays for it"
         meanings = {
-            "log": f"at least {LOG_STEPS} steps and {LOG_SECONDS:.0f} s apart",
+            "log": f"the first {FIRST_LINES} steps, then at least {LOG_STEPS} steps and "
+            f"{LOG_SECONDS:.0f} s apart",
             "eval": f"every {max(1, self.total // VALIDATIONS):,} steps {looks}, and every "
             f"{max(1, self.total // AT_LEAST):,} steps",
             "sample": f"every {max(1, self.total // SAMPLES):,} steps {looks}",

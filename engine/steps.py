@@ -18,7 +18,7 @@ from kernels import IGNORE_INDEX
 AHEAD = 2  # micro-batches that each worker collates ahead
 # Seconds in which a worker has collated one. Where shared memory ends it never has.
 WORKER_SECONDS = 120
-WORKER_IS_LOST = ("killed by signal", "exited unexpectedly", "timed out", "shared memory")
+RAISED_BY_A_WORKER = "in DataLoader worker process"  # torch puts it before an error of the collator
 SHARED_MEMORY = "/dev/shm"
 
 
@@ -95,10 +95,12 @@ class StepLoader:
             count = self.order.micro_batches(step)
             try:
                 micro_batches = list(islice(batches, count))
-            except RuntimeError as error:
-                if not self.num_workers or not any(words in str(error) for words in WORKER_IS_LOST):
+            except (RuntimeError, OSError, EOFError) as error:
+                # What else they raise is about workers: one was killed, also while it handed a
+                # batch over; files or shared memory ran out; none has come for a long time.
+                if not self.num_workers or RAISED_BY_A_WORKER in str(error):
                     raise
-                self._do_without_workers(str(error).splitlines()[0])
+                self._do_without_workers(f"{type(error).__name__}: {error}".splitlines()[0])
                 batches = self._batches_from(step - 1)
                 micro_batches = list(islice(batches, count))
             yield step, micro_batches

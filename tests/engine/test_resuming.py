@@ -84,6 +84,7 @@ def test_stop_after_may_differ_in_a_resumed_run():
 def test_an_unfinished_run_that_is_not_taken_says_what_differs_and_how_to_take_it(
     tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr("__main__.__file__", "train_llm.py", raising=False)
     monkeypatch.setattr("sys.argv", ["train_llm.py", "--lr", "2"])
     first = open_run("sft", None, config_in(tmp_path), ALONE)
     assert capsys.readouterr().out == ""

@@ -218,6 +218,7 @@ def test_the_newest_final_is_one_of_the_last_stage_that_has_any(tmp_path):
 
 
 def test_a_stopped_run_names_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("__main__.__file__", "train_llm.py", raising=False)
     monkeypatch.setattr("sys.argv", ["train_llm.py", "--batch_size", "3"])
     stop = SimpleNamespace(received="SIGTERM")
     say_how_to_resume(Run(tmp_path, tmp_path / "step_00000001"), stop, ALONE)

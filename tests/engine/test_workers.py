@@ -58,6 +58,44 @@ def test_a_fault_in_a_worker_is_an_error_and_no_reason_to_go_on(capsys):
     assert capsys.readouterr().out == ""
 
 
+class LostOnTheWay:
+    """In a batch: a worker can send it, and taking it out fails as behind a worker's death."""
+
+    nbytes = 0
+
+    def __init__(self, error: type[Exception]):
+        self.error = error
+
+    def __reduce__(self):
+        return fail_with, (self.error,)
+
+
+def fail_with(error: type[Exception]):
+    raise error("the batch is lost")
+
+
+def numbers_and(error: type[Exception], items) -> dict:
+    ids = torch.tensor([int(item["input_ids"][0]) for item in items])
+    return {"ids": ids, "more": LostOnTheWay(error)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [ConnectionResetError, FileNotFoundError, EOFError, RuntimeError])
+def test_a_batch_that_is_lost_on_its_way_from_a_worker_is_made_again(capsys, error):
+    rows, collate = numbered_rows(20), partial(numbers_and, error)
+    alone, helped = (
+        [
+            [batch["ids"].tolist() for batch in step]
+            for _, step in StepLoader(rows, collate, ORDER | {"num_workers": count}, cpu_runtime())
+        ]
+        for count in (0, 1)
+    )
+    assert alone == helped
+    assert capsys.readouterr().out.startswith(
+        f"WARNING: the 1 data workers (num_workers): {error.__name__}: the batch is lost; rows are"
+    )
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_said_and_the_batches_go_on_as_they_were(capsys):
     rows, collate = numbered_rows(400), PackedCollator(8, 0)
@@ -72,6 +110,4 @@ def test_a_killed_worker_is_said_and_the_batches_go_on_as_they_were(capsys):
     for one, other in zip(found, expected, strict=True):
         for a, b in zip(one, other, strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
-    assert capsys.readouterr().out.startswith(
-        "WARNING: the 2 data workers (num_workers): DataLoader"
-    )
+    assert capsys.readouterr().out.startswith("WARNING: the 2 data workers (num_workers): ")
