@@ -29,7 +29,6 @@ from corpus.packing import best_fit, row_types
 from corpus.preparation import Parts
 from corpus.records import to_pairs
 from engine.command import as_command
-from engine.report import print_lines
 from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
@@ -273,7 +272,8 @@ def main():
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print_lines(inspect(pairs, tokenizer, arguments.rows, colour=sys.stdout.isatty()))
+    for line in inspect(pairs, tokenizer, arguments.rows, colour=sys.stdout.isatty()):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from corpus.readers import Dropped
 from corpus.records import to_messages
 from corpus.transcripts import holds_transcript
 from engine.command import as_command
-from engine.report import print_lines
 from engine.runs import find_final
 from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
@@ -231,7 +230,8 @@ def main():
         )
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print_lines(inspect(rows, tokenizer, arguments.rows, colour=sys.stdout.isatty()))
+    for line in inspect(rows, tokenizer, arguments.rows, colour=sys.stdout.isatty()):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from engine.command import as_command
 from engine.disk import atomic_folder, cache_lock, settings_hash
 from engine.llama_cpp import pre_name
 from engine.progress import Progress
-from engine.report import print_lines
 from tokenizer import create_tokenizer, tokenizer_identity, train_tokenizer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or data workers warn
@@ -272,7 +271,8 @@ def main():
     unigram = unigram_loss(splits, len(tokenizer))
     print(f"A model that knows only the token frequencies has validation loss {unigram:.3f}.")
     print("In a row: ‖ separates documents; the token in [ ] is no target, every other one is.")
-    print_lines(inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows))
+    for line in inspect(splits, tokenizer, arguments.max_seq_len, arguments.rows):
+        print(line)
 
 
 if __name__ == "__main__":

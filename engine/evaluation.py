@@ -66,25 +66,30 @@ def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
 def sample(model, tokenizer, prompts: list[str], rt: Runtime, max_new_tokens: int = 60):
     """Sampled continuations of rendered prompts, with the same random draws each time.
 
-    All ranks must call it, because the model may be sharded.
+    One that fails is "" and ends no training. All ranks must call it, because the model may be
+    sharded, and all come to the same collectives whichever of them fails.
     """
     whole = whole_model(model)
-    samples = []
+    samples = [""] * len(prompts)
     with evaluating(whole):
-        for prompt in prompts:
+        for index, prompt in enumerate(prompts):
             rt.give_way()
-            ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            torch.manual_seed(0)
-            with rt.autocast():
-                output = whole.generate(
-                    ids.to(rt.device),
-                    attention_mask=torch.ones_like(ids).to(rt.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=True,
-                    temperature=0.7,
-                    top_p=0.9,
-                    remove_invalid_values=True,  # a ruined model's NaN; the loop reports it
-                )
-            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-            samples.append(text)
+            with rt.extras.attempt("samples"):
+                samples[index] = _continue(whole, tokenizer, prompt, rt, max_new_tokens)
     return samples
+
+
+def _continue(model, tokenizer, prompt: str, rt: Runtime, max_new_tokens: int) -> str:
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    torch.manual_seed(0)
+    with rt.autocast():
+        output = model.generate(
+            ids.to(rt.device),
+            attention_mask=torch.ones_like(ids).to(rt.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
+            remove_invalid_values=True,  # a ruined model's NaN; the loop reports it
+        )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

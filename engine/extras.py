@@ -9,26 +9,20 @@ from typing import Any
 from tqdm import tqdm
 
 
-class GivenUp(Exception):
-    """A validation or samples ended early, because the run was asked to stop."""
-
-
 class Extras:
     """What has failed beside training. Each is said once, and all of them again at the end.
 
-    shown: False: another rank says it.
+    Each rank says its own: a data worker may die at one of them alone.
     """
 
-    def __init__(self, shown: bool = True):
-        self.shown, self.failures = shown, dict[str, str]()
+    def __init__(self, rank: int = 0):
+        self.rank, self.failures = rank, dict[str, str]()
 
     @contextlib.contextmanager
     def attempt(self, what: str) -> Iterator[None]:
         """An error inside ends the block and no more than the block."""
         try:
             yield
-        except GivenUp:
-            raise
         except Exception as error:  # of many kinds, from the system and from libraries
             self.warn(what, f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -47,9 +41,8 @@ class Extras:
             self._say(f"WARNING: this run had to do without: {found}.")
 
     def _say(self, text: str):
-        if self.shown:
-            tqdm.write(text)
-            sys.stdout.flush()
+        tqdm.write(f"rank {self.rank}: {text}" if self.rank else text)
+        sys.stdout.flush()
 
 
 class LastingStream:

@@ -1,7 +1,6 @@
 """What a run tells while it trains: its log lines, its numbers, its samples, its curves."""
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 
@@ -11,11 +10,11 @@ from tqdm import tqdm
 from engine import optim
 from engine.advice import advise
 from engine.cadence import Cadence
-from engine.extras import GivenUp
 from engine.meter import Meter, active_parameters, log_line
 from engine.plots import plot_curves
 from engine.runtime import Runtime
 from engine.steps import StepLoader
+from engine.stop import GivenUp
 from engine.tracker import Tracker
 from engine.watchdog import Watchdog
 
@@ -61,15 +60,11 @@ class Log:
     def paused(self, kind: str) -> Iterator[None]:
         """Time of a validation, samples or a save: "eval", "sample" or "save".
 
-        A validation and samples end early when the run is asked to stop. Samples may fail.
+        A validation and samples end early when the run is asked to stop.
         """
         self.watchdog.pause()
         with self.meter.paused(kind), contextlib.suppress(GivenUp):
-            if kind == "sample":
-                with self.rt.extras.attempt("samples"):
-                    yield
-            else:
-                yield
+            yield
         self.watchdog.go_on()
 
     def train(self, metrics: dict, step: int, more: str = ""):
@@ -148,12 +143,3 @@ def step_metrics(totals: dict, num_tokens: int, rt: Runtime) -> dict[str, float]
 
 def scaler_metrics(rt: Runtime) -> dict[str, float]:
     return {"train/loss_scale": rt.scaler.get_scale()} if rt.scaler.is_enabled() else {}
-
-
-def print_lines(lines):
-    """print each line. A reader that has seen enough (such as `head`) ends it without an error."""
-    try:
-        for line in lines:
-            print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit

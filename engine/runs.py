@@ -46,12 +46,16 @@ class RunError(ValueError):
 
 @dataclass
 class Run:
-    """An opened run folder. `state` is what the newest checkpoint holds besides tensors."""
+    """An opened run folder. `state` is what the newest checkpoint holds besides tensors.
+
+    resume: the configuration's.
+    """
 
     folder: Path
     checkpoint: Path | None = None
     state: dict = field(default_factory=dict)
     lock: BaseFileLock | None = None
+    resume: str | bool = "auto"
 
     @property
     def stage(self) -> str:
@@ -151,7 +155,7 @@ def _open_run(
         raise RunError(f"{where}: no permission to write there; choose another folder.")
     config = config | {"contents": contents(config)}
     folder, lock = _take_folder(root, run_name, config, defaults, rt)
-    run = Run(folder, lock=lock)
+    run = Run(folder, lock=lock, resume=config["resume"])
     if run.final.exists():
         return run
     for stale in folder.glob("*.tmp"):
@@ -319,6 +323,7 @@ def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
 
 
 def say_how_to_resume(run: Run, stop, rt: Runtime):
-    command = typed_command() or "the same call"  # in a notebook
+    words = [] if run.resume else ["--resume", "auto"]
+    command = typed_command(*words) or "the same call"  # in a notebook
     by = stop.received or "a signal to another rank"
     rt.say(f"Stopped by {by}; saved {run.checkpoint}. Resume with: {command}")

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 import kernels
 from engine.device import check_card_is_usable, check_kernels, describe_old_card
-from engine.extras import Extras, GivenUp
-from engine.stop import StopSignal
+from engine.extras import Extras
+from engine.stop import GivenUp, StopSignal
 
 
 @dataclass
@@ -166,8 +166,7 @@ def start(mixed_precision: str, seed: int, device_choice: str = "auto") -> Runti
 def make_runtime(dtype: torch.dtype | None, device: torch.device, **place) -> Runtime:
     """A runtime whose scaler fits its dtype: fp16 has one that works."""
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    extras = Extras(shown=place.get("rank", 0) == 0)
-    return Runtime(device, dtype, scaler, extras=extras, **place)
+    return Runtime(device, dtype, scaler, extras=Extras(place.get("rank", 0)), **place)
 
 
 def choose_dtype(

@@ -90,14 +90,16 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[tuple[int, list[dict]]]:
         self._check_shared_memory()
-        batches = self._batches_from(self.start_step)
+        batches: Iterator[dict] | None = None
         for step in self.order.steps_left():
             count = self.order.micro_batches(step)
             try:
+                if batches is None:
+                    batches = self._batches_from(step - 1)
                 micro_batches = list(islice(batches, count))
-            except (RuntimeError, OSError, EOFError) as error:
-                # What else they raise is about workers: one was killed, also while it handed a
-                # batch over; files or shared memory ran out; none has come for a long time.
+            except Exception as error:
+                # All others are about workers: one cannot be started, or was killed, also while it
+                # handed a batch over; files or shared memory ran out; none came for a long time.
                 if not self.num_workers or RAISED_BY_A_WORKER in str(error):
                     raise
                 self._do_without_workers(f"{type(error).__name__}: {error}".splitlines()[0])

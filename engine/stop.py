@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 
 from engine.settings import parse_seconds
 
-# Ctrl-C; kill, Slurm, systemd, docker; a closed terminal; sbatch --signal; a limit of CPU time.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU")
+# Ctrl-C; kill, Slurm, systemd, docker; a closed terminal; sbatch --signal, the second of them also
+# qsub -notify and submitit; a limit of CPU time.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
 # Seconds that a validation or samples may still take. docker kills ten seconds after SIGTERM.
 PATIENCE = 3.0
@@ -23,6 +24,10 @@ ONE_PRESS = 2.0  # seconds in which torchrun sends its ranks what the terminal h
 
 class Interrupted(KeyboardInterrupt):
     """A signal came where nothing is noted. The message is its name."""
+
+
+class GivenUp(Exception):
+    """A validation or samples ended early, because the run was asked to stop."""
 
 
 class StopSignal:

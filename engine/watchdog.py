@@ -51,8 +51,12 @@ class Watchdog:
         self.since = time.monotonic()
 
     def _watch(self):
+        looked = time.monotonic()
         while not self.ended.wait(1.0):
-            waited, times = time.monotonic() - self.since, list(self.seconds)
+            before, looked = looked, time.monotonic()
+            if looked - before > AT_LEAST:  # this process itself was stopped (Ctrl-Z)
+                self.since = looked
+            waited, times = looked - self.since, list(self.seconds)
             if self.pauses or len(times) < KNOWN:
                 continue
             median = statistics.median(times)

@@ -94,6 +94,23 @@ def test_a_ruined_model_gives_samples_all_the_same(speaker, tokenizer):
     assert len(sample(speaker, tokenizer, PROMPTS, cpu_runtime())) == 2
 
 
+def test_a_sample_that_fails_is_empty_and_the_others_are_there(speaker, tokenizer, capsys):
+    expected = sample(speaker, tokenizer, PROMPTS, cpu_runtime())
+
+    def fail(prompt: str, **options):
+        if prompt == "user":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tokenizer(prompt, **options)
+
+    fail.decode = tokenizer.decode
+    rt = cpu_runtime()
+    assert sample(speaker, fail, PROMPTS, rt) == [expected[0], ""]
+    assert capsys.readouterr().out == (
+        "WARNING: samples: OutOfMemoryError: CUDA out of memory; training goes on without it.\n"
+    )
+    assert all(module.training for module in speaker.modules())
+
+
 class Dtypes(TorchDispatchMode):
     """Collects the dtypes of all tensors."""
 

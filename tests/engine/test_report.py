@@ -12,7 +12,7 @@ from tiny import CPU, cpu_runtime, tiny_model
 
 from corpus.packing import PackedCollator
 from engine.meter import Meter, active_parameters, flops_per_token, log_line
-from engine.report import Log, describe_run, print_lines, step_metrics
+from engine.report import Log, describe_run, step_metrics
 from engine.runs import Run
 from engine.steps import StepSampler, count_targets, output_sums
 
@@ -89,22 +89,6 @@ def test_a_run_is_described_by_its_whole_configuration_and_what_it_comes_to():
         "tokens per step, 4 steps per epoch, 8 steps in all.\n"
         "Peak learning rate 0.0005, Muon 0.002."
     )
-
-
-@pytest.mark.slow
-def test_a_reader_that_has_seen_enough_ends_the_printing_without_an_error(run_python):
-    code = (
-        "import os, sys; from engine.report import print_lines; "
-        "read, write = os.pipe(); os.close(read); os.dup2(write, 1); "
-        "print_lines(['a line'] * 10); sys.stderr.write('the end')"
-    )
-    done = run_python(code)
-    assert (done.returncode, done.stderr) == (0, "the end")
-
-
-def test_lines_are_printed_one_by_one(capsys):
-    print_lines(text for text in ("一", "二"))
-    assert capsys.readouterr().out == "一\n二\n"
 
 
 # --- a step's numbers -------------------------------------------------------------------------

@@ -221,10 +221,11 @@ def test_a_stopped_run_names_the_command_that_goes_on(tmp_path, monkeypatch, cap
     monkeypatch.setattr("__main__.__file__", "train_llm.py", raising=False)
     monkeypatch.setattr("sys.argv", ["train_llm.py", "--batch_size", "3"])
     stop = SimpleNamespace(received="SIGTERM")
-    say_how_to_resume(Run(tmp_path, tmp_path / "step_00000001"), stop, ALONE)
-    printed = capsys.readouterr().out
-    assert re.fullmatch(
-        r"Stopped by SIGTERM; saved .*step_00000001\. Resume with: python[\d.]* train_llm\.py "
-        r"--batch_size 3\n",
-        printed,
-    )
+    for resume, more in (("auto", ""), (False, " --resume auto")):
+        run = Run(tmp_path, tmp_path / "step_00000001", resume=resume)
+        say_how_to_resume(run, stop, ALONE)
+        assert re.fullmatch(
+            r"Stopped by SIGTERM; saved .*step_00000001\. Resume with: python[\d.]* "
+            rf"train_llm\.py --batch_size 3{more}\n",
+            capsys.readouterr().out,
+        )

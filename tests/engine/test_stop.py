@@ -13,9 +13,8 @@ from tiny import cpu_runtime
 import dpo_train
 import sft_train
 import train_llm
-from engine.extras import GivenUp
 from engine.settings import resolve
-from engine.stop import NUMBERS, Interrupted, StopSignal, interruptible
+from engine.stop import NUMBERS, GivenUp, Interrupted, StopSignal, interruptible
 
 
 def run_code(code: str, **options) -> subprocess.CompletedProcess:
@@ -25,7 +24,7 @@ def run_code(code: str, **options) -> subprocess.CompletedProcess:
 
 def test_the_signals_are_those_of_terminals_and_schedulers():
     names = [signal.Signals(number).name for number in NUMBERS]
-    assert names == ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"]
+    assert names == ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -118,6 +117,20 @@ def test_a_validation_may_end_after_a_stop_but_is_given_up_when_it_delays_the_sa
         clock.now += 2
         with pytest.raises(GivenUp):
             rt.give_way()
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_without_an_error():
+    done = run_code(
+        "import os, sys\n"
+        "from engine.command import as_command\n"
+        "read, write = os.pipe()\n"
+        "os.close(read)\n"
+        "os.dup2(write, 1)\n"
+        "with as_command():\n"
+        "    print('a line')\n"
+        "sys.stderr.write('the end')\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "the end")
 
 
 @pytest.mark.slow

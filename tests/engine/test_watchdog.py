@@ -1,9 +1,14 @@
 """A loop that has fallen silent says where it waits, once."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from engine.watchdog import Watchdog
 
@@ -53,3 +58,29 @@ def test_a_folder_that_cannot_be_written_is_said_and_no_error(tmp_path):
             watchdog.step()
         time.sleep(7)
     assert "stack_1.txt cannot be written" in said[0]
+
+
+STEPS = """
+import sys, time
+from pathlib import Path
+from engine.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), 0, print) as watchdog:
+    for number in range(90):
+        time.sleep(0.05)
+        watchdog.step()
+        if number == 20:
+            print("here", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_was_itself_stopped_was_not_silent(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STEPS, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"here\n"
+    os.kill(process.pid, signal.SIGSTOP)  # as Ctrl-Z does
+    time.sleep(7)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == b""
+    assert process.returncode == 0
