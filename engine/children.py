@@ -5,6 +5,7 @@ processes until it has saved.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import signal
 import sys
@@ -53,6 +54,16 @@ def unheard() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@functools.cache  # once in a process
+def shield_compilers():
+    """The compilers that torch.compile starts never get the signals either."""
+    from torch._dynamo.callback import on_compile_end, on_compile_start
+
+    mask = contextlib.ExitStack()
+    on_compile_start(lambda _: mask.enter_context(unheard()))
+    on_compile_end(lambda _: mask.close())
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from tqdm import tqdm
 
 import kernels
+from engine.children import shield_compilers
 from engine.device import check_card_is_usable, check_kernels, describe_old_card
 from engine.extras import Extras
 from engine.stop import GivenUp, StopSignal
@@ -271,6 +272,8 @@ def compile_blocks(model, torch_compile, rt: Runtime):
     Everything else must run under `eagerly`. A function has room for eight compiled variants: with
     validation and sampling among them, training would get none.
     """
+    if torch_compile:
+        shield_compilers()
     if torch_compile == "auto":
         problem = find_compiler_problem(rt.device) if rt.device.type == "cuda" else None
         torch_compile = rt.device.type == "cuda" and not rt.any(problem is not None)

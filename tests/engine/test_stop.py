@@ -142,7 +142,8 @@ def test_a_signal_ends_a_command_that_trains_nothing_with_one_line(number, tmp_p
         "@as_command()\n"
         "def main():\n"
         "    print('here', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    while True:\n"  # a signal just before a long sleep would wait for its end
+        "        time.sleep(0.1)\n"
         "main()\n"
     )
     command = [sys.executable, "-c", code]

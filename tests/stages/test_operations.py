@@ -123,6 +123,30 @@ def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path, end_all):
     assert "Traceback" not in printed(tmp_path)
 
 
+COMPILER = """#!/bin/bash
+case "$*" in *main.cpp*) [ -e {folder}/compiling ] || {{ touch {folder}/compiling; sleep 3; }};; esac
+exec g++ "$@"
+"""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_signal_while_a_compiler_runs_saves(tmp_path, end_all):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(COMPILER.format(folder=tmp_path))
+    compiler.chmod(0o755)
+    config = pretrain_config(tmp_path, **LONG | {"torch_compile": True, "n_layers": 1})
+    environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    process = start(command_of("pretrain", config), tmp_path, **environment)
+    end_all.append(process)
+    while not (tmp_path / "compiling").exists():
+        assert process.poll() is None, printed(tmp_path)
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(200) == 0, printed(tmp_path)
+    [saved] = list_checkpoints(run_folder(tmp_path, "pretrain"))
+    assert saved.name == "step_00000001"
+
+
 def test_two_processes_save_and_the_launcher_is_in_the_command_that_resumes(tmp_path, end_all):
     config = pretrain_config(tmp_path, **LONG)
     launcher = shutil.which("torchrun", path=str(Path(sys.executable).parent))
