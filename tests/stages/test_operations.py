@@ -124,7 +124,7 @@ def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path, end_all):
 
 
 COMPILER = """#!/bin/bash
-case "$*" in *main.cpp*) [ -e {folder}/compiling ] || {{ touch {folder}/compiling; sleep 3; }};; esac
+case "$*" in *main.cpp*) mkdir {folder}/compiling && sleep 3;; esac
 exec g++ "$@"
 """
 
