@@ -109,16 +109,16 @@ def stops_in_loop(tmp_path, end_all, stage: str, base: str, number: signal.Signa
 def test_a_second_ctrl_c_ends_at_once_with_one_line(tmp_path, end_all):
     changes = {"gradient_accumulation_steps": 100_000, "batch_size": 1, "d_model": 256}
     config = pretrain_config(tmp_path, **LONG | changes)
-    config["dataset"] = write_corpus(tmp_path, 20_000)
+    config["dataset"] = write_corpus(tmp_path, 5_000)
     process = start(command_of("pretrain", config), tmp_path)
     end_all.append(process)
-    wait_for("eval_every", tmp_path, process)
+    wait_for("Validation loss of token", tmp_path, process, 200)
     time.sleep(5)  # in the first step, which takes minutes
     os.killpg(process.pid, signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) == 1
+    assert process.wait(60) == 1, printed(tmp_path)
     assert printed(tmp_path).splitlines()[-1].startswith("interrupted: Ctrl-C; run the same")
     assert "Traceback" not in printed(tmp_path)
 
