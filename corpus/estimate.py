@@ -21,7 +21,7 @@ class Estimate:
 
 def first_megabyte(corpus: Corpus) -> Portion:
     """The first records of a corpus. The position is how many bytes of the file they take."""
-    portion = next(corpus.tasks()).portion
+    portion = next(replace(corpus, max_bytes=None).tasks()).portion
     if portion.size <= MEGABYTE:
         return portion
     first = cut(portion, MEGABYTE)
@@ -43,7 +43,8 @@ def estimate(corpus: Corpus, portion: Portion, recipe: Recipe) -> Estimate:
     seconds = time.perf_counter() - started
     if not counts["tokens"]:
         raise ValueError(f"{portion.path}: its first megabyte has nothing to train on ({counts}).")
-    megabytes = corpus.stored_bytes() / max(1, portion.position)
+    whole = replace(corpus, max_bytes=None)
+    megabytes = whole.stored_bytes() / max(1, portion.position)
     if corpus.max_bytes:  # of text, while files may be compressed
         megabytes = min(megabytes, len(corpus.datasets) * corpus.max_bytes / portion.size)
     return Estimate(
