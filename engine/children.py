@@ -43,6 +43,17 @@ def ignore_signals(*_):
             signal.signal(number, signal.SIG_IGN)
 
 
+def begin_worker(*_):
+    """In a DataLoader's worker. Its main process may go while it is handed a batch."""
+    ignore_signals()
+    sys.excepthook = _report_unless_left_alone
+
+
+def _report_unless_left_alone(kind, error, traceback):
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
+
+
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
     """A process that starts inside never gets the signals. This one gets them behind the block."""

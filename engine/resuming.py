@@ -18,6 +18,7 @@ FREE_KEYS |= {"num_proc", "verify_data", "stop_after"}
 FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing", "device"}
 # These may differ as long as their product, the rows of a step, is the same.
 STEP_KEYS = ("batch_size", "gradient_accumulation_steps", "num_processes")
+BEFORE_THE_KEY = {"scale_learning_rate": False}  # what runs did that did not know a key
 PLACES = (*DATASETS, "init_from", "tokenizer_path")  # keys that name files
 LAUNCHERS = ("torchrun", "accelerate", "torch.distributed.run", "accelerate.commands.launch")
 OTHER_BYTES = " with other bytes"  # behind a change of what lies under the same name
@@ -28,7 +29,7 @@ def changed_keys(folder: Path, config: dict, defaults: dict | None = None) -> li
 
     defaults: the values of keys that the run did not know when it was started.
     """
-    old = (defaults or {}) | _configuration_of(folder)
+    old = _settings_of(folder, config, defaults or {})
     changed = list(_changes(folder, old, config).values())
     rows = [rows_per_step(settings) for settings in (old, config)]
     if rows[0] != rows[1]:
@@ -59,6 +60,12 @@ def have_same_bytes(folder: Path, config: dict) -> bool:
     """Whether a run was started with the very bytes that a configuration names."""
     contents = _configuration_of(folder).get("contents")
     return bool(contents) and contents == config["contents"]
+
+
+def _settings_of(folder: Path, config: dict, defaults: dict) -> dict:
+    """A run's configuration, with what it did where it did not know a key."""
+    before = {key: value for key, value in BEFORE_THE_KEY.items() if key in config}
+    return defaults | before | _configuration_of(folder)
 
 
 def _configuration_of(folder: Path) -> dict:
@@ -102,7 +109,7 @@ def _as_json(value):
 
 def words_that_take(folder: Path, config: dict, defaults: dict) -> list[str]:
     """The words that a command needs so that it takes a run."""
-    old = defaults | _configuration_of(folder)
+    old = _settings_of(folder, config, defaults)
     keys = [key for key in _changes(folder, old, config) if key in config]
     values = {key: old.get(key) for key in keys if not is_same(key, old.get(key), config[key])}
     if rows_per_step(old) != rows_per_step(config):

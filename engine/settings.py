@@ -270,6 +270,6 @@ def run_from_command_line(stage_function, defaults: dict):
 
 def describe_interruption(error: KeyboardInterrupt) -> str:
     return (
-        f"interrupted: {error or 'Ctrl-C'}; run the same command again, it continues from what is "
-        "there"
+        f"interrupted: {str(error) or 'Ctrl-C'}; run the same command again, it continues from "
+        "what is there"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from engine.children import ignore_signals, noticed_later, process_context, unheard
+from engine.children import begin_worker, noticed_later, process_context, unheard
 from engine.runtime import Runtime
 from kernels import IGNORE_INDEX
 
@@ -144,7 +144,7 @@ def validation_loader(rows, collate, config: dict, rt: Runtime) -> DataLoader:
 def make_loader(rows, collate, num_workers: int, batch_sampler) -> DataLoader:
     workers: dict = {}
     if num_workers:
-        workers = {"timeout": WORKER_SECONDS, "worker_init_fn": ignore_signals}
+        workers = {"timeout": WORKER_SECONDS, "worker_init_fn": begin_worker}
         workers |= {"persistent_workers": True, "prefetch_factor": AHEAD}
         if sys.platform == "linux":
             workers["multiprocessing_context"] = process_context()

@@ -74,6 +74,13 @@ def test_a_key_that_a_newer_version_added_counts_as_its_default(tmp_path):
     assert open_run("sft", None, newer, ALONE, defaults={"brand_new": 3}).folder == folder
 
 
+def test_a_run_from_before_rates_were_scaled_is_not_taken_by_one_that_scales_them(tmp_path):
+    folder = open_run("sft", None, config_in(tmp_path), ALONE).folder
+    for value, changes in ((False, []), (True, ["scale_learning_rate: False -> True"])):
+        newer = config_in(tmp_path, scale_learning_rate=value)
+        assert changed_keys(folder, newer, {"scale_learning_rate": True}) == changes
+
+
 def test_stop_after_may_differ_in_a_resumed_run():
     assert "stop_after" in FREE_KEYS
 

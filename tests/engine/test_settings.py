@@ -264,7 +264,7 @@ def test_ctrl_c_outside_the_loop_is_one_line_too(monkeypatch):
         raise KeyboardInterrupt
 
     command_line(monkeypatch)
-    with pytest.raises(SystemExit, match=r"interrupted: .*run the same command again"):
+    with pytest.raises(SystemExit, match=r"interrupted: Ctrl-C; run the same command again"):
         run_from_command_line(interrupted, DEFAULTS)
 
 
