@@ -76,6 +76,7 @@ wandb_config = {
     "device": "auto",  # the GPU where there is one; "cpu": leave it alone
     # run
     "output_dir": "checkpoints",  # everything that a run writes is under it
+    "trackers": ["wandb"],  # also "tensorboard", "swanlab"; []: only metrics.jsonl
     "log_every": "auto",  # steps, as the three below; "auto": engine/cadence.py; 0: at the end
     "eval_every": "auto",  # validation
     "sample_every": "auto",  # generated samples
@@ -102,7 +103,7 @@ def train_dpo(
     """Train a policy on preference pairs. Returns its folder, checkpoints/dpo/<run>/final.
 
     Args:
-        project_name: the wandb project.
+        project_name: the project at wandb and SwanLab.
         run_name: the folder under checkpoints/dpo. None: the unfinished run of the same
             configuration, otherwise the time.
         wandb_config: any subset of this script's keys.

@@ -76,6 +76,7 @@ wandb_config = {
     # run
     "init_from": None,  # continue from this model folder instead of random weights
     "output_dir": "checkpoints",  # everything that a run writes is under it
+    "trackers": ["wandb"],  # also "tensorboard", "swanlab"; []: only metrics.jsonl
     "log_every": "auto",  # steps, as the three below; "auto": engine/cadence.py; 0: at the end
     "eval_every": "auto",  # validation
     "sample_every": "auto",  # generated samples
@@ -96,7 +97,7 @@ def train(
     """Pre-train a model. Returns its folder, checkpoints/pretrain/<run>/final.
 
     Args:
-        project_name: the wandb project.
+        project_name: the project at wandb and SwanLab.
         run_name: the folder under checkpoints/pretrain. None: the unfinished run of the same
             configuration, otherwise the time.
         wandb_config: any subset of this script's keys.

@@ -95,8 +95,8 @@ class Log:
 
     def state(self) -> dict:
         """What a checkpoint keeps of the log."""
-        wandb_id = self.tracker.wandb_id if self.tracker else None
-        return {"tokens_seen": self.meter.tokens_seen, "wandb_id": wandb_id}
+        ids = self.tracker.ids if self.tracker else {}
+        return {"tokens_seen": self.meter.tokens_seen, "tracker_ids": ids}
 
     def finish(self):
         """The end of a run: what could not be done is said again."""

@@ -14,7 +14,7 @@ from engine.settings import AUTO_ROWS, DATASETS
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
-FREE_KEYS |= {"num_proc", "verify_data", "stop_after"}
+FREE_KEYS |= {"num_proc", "verify_data", "stop_after", "trackers"}
 FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing", "device"}
 # These may differ as long as their product, the rows of a step, is the same.
 STEP_KEYS = ("batch_size", "gradient_accumulation_steps", "num_processes")

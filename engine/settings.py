@@ -38,6 +38,8 @@ OPTIONAL |= {"text_column": "", "num_proc": 1, "max_dataset_bytes": 1.0}  # 2e9 
 # Keys that may be "auto", with an example of another value.
 AUTO = dict.fromkeys(("batch_size", "log_every", "eval_every", "sample_every", "save_every"), 1)
 DATASETS = ("dataset", "pretrain_dataset")  # one name, a list of names, or {name: share}
+TRACKERS = ("wandb", "tensorboard", "swanlab")  # what the key `trackers` may list
+LISTS = (*DATASETS, "trackers")  # keys that may have several words on the command line
 
 
 def resolve(defaults: dict, overrides: dict | None) -> dict:
@@ -76,6 +78,10 @@ def find_problem(key: str, value, default) -> str | None:
     if key in DATASETS and isinstance(value, dict | list | tuple):
         rule = _broken_datasets_rule(value)
         return f"{key}={shorten(value)} must be {rule}" if rule else None
+    if key == "trackers":
+        known = isinstance(value, list | tuple) and all(name in TRACKERS for name in value)
+        rule = f"a list of {', '.join(map(repr, TRACKERS))}, or [] for none of them"
+        return None if known else f"{key}={shorten(value)} must be {rule}"
     if key in OPTIONAL:
         if value is None:
             return None
@@ -185,6 +191,8 @@ def _reader(key: str, default):
     def read(text: str):
         if key in DATASETS:
             return parse_datasets(text.split("\n"))
+        if key == "trackers":
+            return [name for name in text.split("\n") if name.lower() not in ("none", "[]")]
         return text if keep_text and text.lower() != "none" else parse_value(text)
 
     return read
@@ -234,7 +242,7 @@ def parse_arguments(words: list[str], stage_function, defaults: dict) -> dict:
 def join_values(words: list[str]) -> list[str]:
     """['--key', 'value'] -> ['--key=value']: argparse takes a value such as -1e-3 for an option.
 
-    The names of several datasets become lines of one value.
+    The names of several datasets or trackers become lines of one value.
     """
     joined: list[str] = []
     for word in words:
@@ -242,7 +250,7 @@ def join_values(words: list[str]) -> list[str]:
         is_value = last.startswith("--") and not word.startswith("--")
         if is_value and "=" not in last:
             joined[-1] = f"{last}={word}"
-        elif is_value and last[2:].partition("=")[0] in DATASETS:
+        elif is_value and last[2:].partition("=")[0] in LISTS:
             joined[-1] = f"{last}\n{word}"
         else:
             joined.append(word)

@@ -131,7 +131,8 @@ def test_a_program_prints_to_its_end_whatever_its_output_is(target):
 
 # --- beside a loop -------------------------------------------------------------------------------
 
-EVERY = dict.fromkeys(("log_every", "eval_every", "sample_every", "save_every"), 1)
+EVERY: dict = dict.fromkeys(("log_every", "eval_every", "sample_every", "save_every"), 1)
+EVERY |= {"trackers": []}
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run_and_a_fault_of_training_does(tmp_path, capsys):

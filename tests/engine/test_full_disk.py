@@ -70,7 +70,7 @@ def test_a_file_is_whole_or_as_before(tmp_path):
 def test_metrics_that_cannot_be_written_end_no_training_and_are_written_when_there_is_room(
     tmp_path, capsys
 ):
-    tracker = Tracker(Run(tmp_path), "project", {})
+    tracker = Tracker(Run(tmp_path), "project", {"trackers": ["wandb"]})
     tracker.log({"loss": 1.0}, 1)
     capsys.readouterr()
     with full_disk():
@@ -85,7 +85,7 @@ def test_metrics_that_cannot_be_written_end_no_training_and_are_written_when_the
 
 
 def test_metrics_that_wait_are_written_at_the_end(tmp_path):
-    tracker = Tracker(Run(tmp_path), "project", {})
+    tracker = Tracker(Run(tmp_path), "project", {"trackers": ["wandb"]})
     with full_disk():
         tracker.log({"text": "字" * 1000}, 1)
     tracker.finish()

@@ -36,6 +36,7 @@ def lines(folder) -> list[dict]:
 def make_log(folder, rt=None):
     loader = SimpleNamespace(start_step=2, total_steps=10)
     every = {f"{name}_every": "auto" for name in ("log", "eval", "sample", "save")}
+    every |= {"trackers": []}
     return Log(Run(folder), "project", every, rt or cpu_runtime(), tiny_model(), loader, 1000)
 
 
@@ -72,7 +73,7 @@ def test_other_ranks_write_and_print_nothing_and_count_all_the_same(tmp_path, ca
     log.finish()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
-    assert log.state() == {"tokens_seen": 1600, "wandb_id": None}
+    assert log.state() == {"tokens_seen": 1600, "tracker_ids": {}}
 
 
 def test_a_run_is_described_by_its_whole_configuration_and_what_it_comes_to():

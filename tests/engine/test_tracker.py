@@ -6,9 +6,10 @@ import os
 import pytest
 import wandb
 
-from engine import tracker as tracking
+from engine import mirrors
+from engine.mirrors import choose_mode, is_logged_in
 from engine.runs import Run
-from engine.tracker import Tracker, choose_mode, is_logged_in, read_metrics
+from engine.tracker import Tracker, read_metrics
 
 
 def lines(folder) -> list[dict]:
@@ -16,7 +17,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_every_logged_number_is_one_json_object_a_line(tmp_path):
-    tracker = Tracker(Run(tmp_path), "project", {})
+    tracker = Tracker(Run(tmp_path), "project", {"trackers": ["wandb"]})
     tracker.log({"train/loss": 2.5}, 1)
     tracker.log_samples(["问"], ["答"], 1)
     tracker.finish()
@@ -29,7 +30,7 @@ def test_every_logged_number_is_one_json_object_a_line(tmp_path):
 def test_a_resumed_run_drops_the_lines_behind_its_checkpoint_and_a_torn_one(tmp_path):
     written = [json.dumps({"step": step, "train/loss": 1.0}) for step in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(written) + '\n{"step": 4, "tra')
-    tracker = Tracker(Run(tmp_path, state={"step": 2}), "project", {})
+    tracker = Tracker(Run(tmp_path, state={"step": 2}), "project", {"trackers": ["wandb"]})
     tracker.log({"train/loss": 9.0}, 3)
     tracker.finish()
     assert [(m["step"], m["train/loss"]) for m in lines(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 9.0)]
@@ -51,7 +52,7 @@ def test_wandb_is_offline_without_an_account_and_never_asks(tmp_path, monkeypatc
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not is_logged_in()
-    tracker = Tracker(Run(tmp_path), "project", {"batch_size": 2})
+    tracker = Tracker(Run(tmp_path), "project", {"trackers": ["wandb"], "batch_size": 2})
     tracker.log({"train/loss": 2.5}, 1)
     tracker.finish()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -71,9 +72,9 @@ def test_an_unreachable_wandb_stops_no_run(tmp_path, monkeypatch, capsys, error,
         return real(mode=mode, **options)
 
     monkeypatch.setenv("WANDB_MODE", "online")
-    monkeypatch.setattr(tracking, "is_logged_in", lambda: True)
+    monkeypatch.setattr(mirrors, "is_logged_in", lambda: True)
     monkeypatch.setattr(wandb, "init", unreachable)
-    Tracker(Run(tmp_path), "project", {}).finish()
+    Tracker(Run(tmp_path), "project", {"trackers": ["wandb"]}).finish()
     printed = capsys.readouterr().out
     assert f"wandb cannot be reached ({cause}): logging offline." in printed
     assert printed.endswith("; wandb: offline\n")
@@ -97,7 +98,7 @@ def test_what_is_asked_of_wandb_is_done_without_a_question(
     monkeypatch, capsys, environment, mode, said
 ):
     # wandb itself remembers an account as long as the process lives
-    monkeypatch.setattr(tracking, "is_logged_in", lambda: "WANDB_API_KEY" in os.environ)
+    monkeypatch.setattr(mirrors, "is_logged_in", lambda: "WANDB_API_KEY" in os.environ)
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DISABLED"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -117,14 +118,14 @@ class FailingRun:
 
 def test_a_wandb_that_fails_is_left_out_from_then_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(wandb, "init", lambda **options: FailingRun())
-    tracker = Tracker(Run(tmp_path), "project", {})
+    tracker = Tracker(Run(tmp_path), "project", {"trackers": ["wandb"]})
     for step in (1, 2, 3):
         tracker.log({"train/loss": 2.5}, step)
         tracker.log_samples(["问"], ["答"], step)
     tracker.finish()
     assert len(lines(tmp_path)) == 6
     assert capsys.readouterr().out.count("WARNING: wandb: ConnectionResetError: lost;") == 1
-    assert tracker.wandb_id == "abc"
+    assert tracker.ids == {"wandb": "abc"}
 
 
 def test_a_wandb_that_cannot_even_begin_is_left_out(tmp_path, monkeypatch, capsys):
@@ -132,7 +133,7 @@ def test_a_wandb_that_cannot_even_begin_is_left_out(tmp_path, monkeypatch, capsy
         raise PermissionError("no home")
 
     monkeypatch.setattr(wandb, "init", fail)
-    tracker = Tracker(Run(tmp_path), "project", {})
+    tracker = Tracker(Run(tmp_path), "project", {"trackers": ["wandb"]})
     tracker.log({"train/loss": 2.5}, 1)
     tracker.finish()
     assert "WARNING: wandb: PermissionError: no home; training goes on without it." in (
@@ -169,7 +170,7 @@ def test_an_account_is_asked_of_wandb_for_the_server_in_use(
         monkeypatch.delenv(name, raising=False)
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    done = run_python("from engine.tracker import is_logged_in; print(is_logged_in())")
+    done = run_python("from engine.mirrors import is_logged_in; print(is_logged_in())")
     assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
