@@ -137,6 +137,7 @@ def train_dpo(
             tokenizer, config["dataset"], config["max_length"], None, **cache.options_of(config)
         )
         cache.check_splits(splits, config["dataset"])
+    data_counts = cache.counts_of(splits)
     fingerprint = cache.data_fingerprint(splits["train"])
     runs.check_same_data(run, fingerprint)
     reference = config["reference_model_path"] or config["init_from"]
@@ -176,6 +177,7 @@ def train_dpo(
 
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
+    log.describe(model, data_counts)
     finite = guards.FiniteGuard(run, loader.order, rt)
     collapse = preference.CollapseGuard(config, state, rt)
     rt.say(report.describe_run(config, model, loader, rt, trial))
@@ -241,7 +243,7 @@ def train_dpo(
                 )
 
     # 9. Final save
-    log.draw_curves()  # first: a finished run is never touched again
+    log.draw()  # first: a finished run is never touched again
     checkpoint.save_final(run, model, tokenizer, rt)
     log.finish()
     rt.wait()

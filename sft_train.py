@@ -129,6 +129,7 @@ def train_sft(
         cache.check_splits(splits, config["dataset"])
         if config["pretrain_mix_ratio"]:
             splits["train"] = mix_in_pretraining(splits["train"], config)
+    data_counts = cache.counts_of(splits)
     fingerprint = cache.data_fingerprint(splits["train"])
     runs.check_same_data(run, fingerprint)
 
@@ -159,6 +160,7 @@ def train_sft(
 
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
+    log.describe(model, data_counts)
     finite = guards.FiniteGuard(run, loader.order, rt)
     rt.say(report.describe_run(config, model, loader, rt, trial))
     prompts = [as_prompt(tokenizer, text) for text in SAMPLE_PROMPTS]
@@ -212,7 +214,7 @@ def train_sft(
                 raise SystemExit(0)
 
     # 9. Final save
-    log.draw_curves()  # first: a finished run is never touched again
+    log.draw()  # first: a finished run is never touched again
     checkpoint.save_final(run, model, tokenizer, rt)
     log.finish()
     rt.wait()

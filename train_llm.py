@@ -129,6 +129,7 @@ def train(
             **cache.options_of(config),
         )
     collate = PackedCollator(config["max_seq_len"], tokenizer.pad_token_id)
+    data_counts = cache.counts_of(splits)
     fingerprint = cache.data_fingerprint(splits["train"])
     runs.check_same_data(run, fingerprint)
 
@@ -162,6 +163,7 @@ def train(
 
     # 7. Tracking, and what is about to happen
     log = report.Log(run, project_name, config, rt, model, loader, state.get("tokens_seen", 0))
+    log.describe(model, data_counts)
     finite = guards.FiniteGuard(run, loader.order, rt)
     rt.say(report.describe_run(config, model, loader, rt, trial))
     unigram = unigram_loss(splits, len(tokenizer))
@@ -212,7 +214,7 @@ def train(
                 raise SystemExit(0)
 
     # 9. Final save
-    log.draw_curves()  # first: a finished run is never touched again
+    log.draw()  # first: a finished run is never touched again
     checkpoint.save_final(run, model, tokenizer, rt)
     log.finish()
     rt.wait()

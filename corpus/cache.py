@@ -155,6 +155,14 @@ def cached_splits(
     return rows, json.loads((folder / "statistics.json").read_text())
 
 
+def counts_of(splits: DatasetDict) -> dict[str, int]:
+    """What the preparation of a stage's rows counted, and the rows themselves."""
+    files = splits["validation"].cache_files
+    statistics = Path(files[0]["filename"]).with_name("statistics.json") if files else None
+    counts = json.loads(statistics.read_text()) if statistics else {}
+    return counts | {f"{name} rows": len(rows) for name, rows in splits.items()}
+
+
 def check_max_length(max_length: int):
     if max_length < 32:
         raise ValueError(f"max_length={max_length} must be at least 32 tokens.")

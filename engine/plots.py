@@ -1,7 +1,12 @@
-"""curves.png: the numbers of a run in one picture, drawn from its metrics.jsonl."""
+"""The numbers of runs as pictures, drawn from metrics.jsonl: curves.png, and SVG for pages."""
 
+import io
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from engine.tracker import read_metrics
 
@@ -19,7 +24,14 @@ PREFERENCE_PANELS = [
     ("log-prob of an answer, nats", ["logps/chosen", "logps/rejected"]),
     *PANELS[1:],
 ]
+AXES = ("step", "tokens", "hours")
 SMOOTHING = 0.9  # of the exponential moving average over a noisy curve
+MOST_POINTS = 1000  # of one curve in a picture, which is 500 pixels wide
+
+
+def panels_of(runs: Sequence[list[dict]]) -> list[tuple[str, list[str]]]:
+    has_preferences = any("rewards/margins" in m for metrics in runs for m in metrics)
+    return PREFERENCE_PANELS if has_preferences else PANELS
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -32,41 +44,90 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def draw(axis, metrics: list[dict], title: str, names: list[str]):
-    """One panel: training faint and smoothed, validation with a marker at each point."""
-    for name in names:
-        points = [(m["step"], m[name]) for m in metrics if name in m]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        if name.startswith("val/"):
-            axis.plot(steps, values, "o-", markersize=4, color="tab:red", label=name)
-        elif name == "train/learning_rate" or len(points) < 10:
-            axis.plot(steps, values, label=name)
-        else:
-            (line,) = axis.plot(steps, smooth(values), label=f"{name} (smoothed)")
-            axis.plot(steps, values, alpha=0.25, color=line.get_color(), linewidth=0.8)
-    axis.set_title(title)
-    axis.set_xlabel("step")
-    axis.grid(alpha=0.3)
-    if axis.lines:
-        axis.legend(fontsize=8)
+def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MOST_POINTS of a curve: of each piece the lowest and the highest. Spikes stay."""
+    if len(y) <= MOST_POINTS:
+        return x, y
+    edges = np.linspace(0, len(y), MOST_POINTS // 2 + 1).astype(int)
+    kept = set()
+    for start, end in itertools.pairwise(edges):
+        kept |= {start + int(y[start:end].argmin()), start + int(y[start:end].argmax())}
+    chosen = sorted(kept)
+    return x[chosen], y[chosen]
+
+
+def positions(metrics: list[dict], steps: Sequence[int], axis: str) -> np.ndarray:
+    """Where steps stand on an axis: "step", "tokens" seen so far, or "hours" of training so far.
+
+    Hours are the tokens since the line before over their tokens per second: validation, samples,
+    saves and the nights between two starts of a run do not count.
+    """
+    if axis == "step":
+        return np.array(steps, dtype=float)
+    known, tokens, hours = [0], [0.0], [0.0]
+    for m in metrics:
+        if m.get("train/tokens_seen", 0) > tokens[-1]:
+            seconds = (m["train/tokens_seen"] - tokens[-1]) / m["train/tokens_per_second"]
+            known.append(m["step"])
+            tokens.append(m["train/tokens_seen"])
+            hours.append(hours[-1] + seconds / 3600)
+    return np.interp(steps, known, tokens if axis == "tokens" else hours)
+
+
+def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"):
+    """One panel: training faint and smoothed, validation with a marker at each point.
+
+    Of one run each metric has a colour. Of several each run has one, C0, C1 and so on.
+    """
+    for number, metrics in enumerate(runs):
+        for place, name in enumerate(names):
+            found = [m for m in metrics if name in m and math.isfinite(m[name])]  # fp16: inf
+            if not found:
+                continue
+            x = positions(metrics, [m["step"] for m in found], axis)
+            values = np.array([m[name] for m in found], dtype=float)
+            color = f"C{number if len(runs) > 1 else place}"
+            label = name if number == 0 else None
+            if name.startswith("val/"):
+                color = color if len(runs) > 1 else "tab:red"
+                panel.plot(x, values, "o-", markersize=4, color=color, label=label)
+            elif name == "train/learning_rate" or len(found) < 10:
+                panel.plot(*thin(x, values), color=color, label=label)
+            else:
+                style = "--" if place else "-"
+                label = label and f"{name} (smoothed)"
+                panel.plot(*thin(x, np.array(smooth(values))), style, color=color, label=label)
+                panel.plot(*thin(x, values), alpha=0.25, color=color, linewidth=0.8)
+    panel.set_xlabel(axis)
+    panel.grid(alpha=0.3)
+    if panel.lines:
+        panel.legend(fontsize=8)
 
 
 def plot_curves(run_folder: Path) -> Path:
     """Draw the curves of a run into its folder. Returns the picture's path."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    metrics = read_metrics(run_folder / "metrics.jsonl")
-    panels = PREFERENCE_PANELS if any("rewards/margins" in m for m in metrics) else PANELS
+    runs = [read_metrics(run_folder / "metrics.jsonl")]
+    panels = panels_of(runs)
     rows = len(panels) // 2
-    figure, axes = pyplot.subplots(rows, 2, figsize=(11, 3.5 * rows), layout="constrained")
-    for axis, (title, names) in zip(axes.flat, panels, strict=True):
-        draw(axis, metrics, title, names)
+    figure = Figure(figsize=(11, 3.5 * rows), layout="constrained")
+    for panel, (title, names) in zip(figure.subplots(rows, 2).flat, panels, strict=True):
+        draw(panel, runs, names)
+        panel.set_title(title)
     path = run_folder / "curves.png"
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
+
+
+def draw_svg(runs: Sequence[list[dict]], names: list[str], axis: str) -> str:
+    """One panel as an SVG. It holds numbers and the metrics' names, no text from elsewhere."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5, 3.2), layout="constrained")
+    draw(figure.subplots(), runs, names, axis)
+    written = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as text, not as paths
+        figure.savefig(written, format="svg", metadata={"Date": None})
+    return written.getvalue()

@@ -1,6 +1,7 @@
 """What a run tells while it trains: its log lines, its numbers, its samples, its curves."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 
@@ -10,8 +11,11 @@ from tqdm import tqdm
 from engine import optim
 from engine.advice import advise
 from engine.cadence import Cadence
+from engine.disk import write_whole
 from engine.meter import Meter, active_parameters, log_line
+from engine.pages import write_report
 from engine.plots import plot_curves
+from engine.resuming import typed_command
 from engine.runtime import Runtime
 from engine.steps import StepLoader
 from engine.stop import GivenUp
@@ -88,10 +92,29 @@ class Log:
         if self.tracker:
             self.tracker.log(metrics, step)
 
-    def draw_curves(self):
+    def describe(self, model, data_counts: dict):
+        """description.json: what a page about the run tells beside its configuration and numbers.
+
+        data_counts: what the preparation counted.
+        """
+        if self.rt.is_main:
+            description = {
+                "command": typed_command(),
+                "total_steps": self.total_steps,
+                "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+                "data": data_counts,
+            }
+            with self.rt.extras.attempt("description.json"):
+                text = json.dumps(description, indent=1, ensure_ascii=False)
+                write_whole(self.folder / "description.json", text)
+
+    def draw(self):
+        """curves.png and report.html."""
         if self.rt.is_main:
             with self.rt.extras.attempt("curves.png"):
                 plot_curves(self.folder)
+            with self.rt.extras.attempt("report.html"):
+                write_report(self.folder)
 
     def state(self) -> dict:
         """What a checkpoint keeps of the log."""

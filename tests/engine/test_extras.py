@@ -143,7 +143,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run_and_a_fault_of_training_does
             raise GivenUp
         with pytest.raises(ValueError, match="a fault of training"), log.paused("save"):
             raise ValueError("a fault of training")
-    log.draw_curves()
+    log.draw()
     log.finish()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("WARNING: this run had to do without: curves.png (IsADirectoryError")

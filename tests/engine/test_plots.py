@@ -34,14 +34,3 @@ def test_a_run_with_hardly_any_metrics_is_drawn_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
     assert plot_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
     assert read_metrics(tmp_path / "absent.jsonl") == []
-
-
-@pytest.mark.slow
-def test_the_command_draws_and_names_a_folder_without_metrics(run_script, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n')
-    done = run_script("curves.py", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("curves.png")
-    failed = run_script("curves.py", tmp_path / "absent")
-    assert failed.returncode == 1
-    assert "absent holds no metrics.jsonl: name a run, as checkpoints/" in failed.stderr

@@ -49,7 +49,7 @@ def test_the_log_prints_what_it_writes(tmp_path, capsys):
         log.train(LINE, 3, " | and more")
         log.validation({"val/loss": 1.0, "val/bits_per_byte": 0.5}, 5)
         log.samples(["问\n"], ["\n答\n案"], 5)
-    log.draw_curves()
+    log.draw()
     log.finish()
     printed = capsys.readouterr().out
     assert re.search(r"^step 3/10 \| epoch 0\.25 \| loss 2\.5000 .* \| and more$", printed, re.M)
@@ -69,7 +69,7 @@ def test_other_ranks_write_and_print_nothing_and_count_all_the_same(tmp_path, ca
         log.train(LINE, 3)
         log.validation({"val/loss": 1.0}, 3)
         log.samples(["a"], ["b"], 3)
-    log.draw_curves()
+    log.draw()
     log.finish()
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr().out == ""
