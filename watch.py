@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs, urlencode
 
 from matplotlib.colors import to_hex
 
@@ -97,15 +97,14 @@ class Handler(BaseHTTPRequestHandler):
     output_dir: Path
 
     def do_GET(self):
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if host not in HOSTS:
+        if self.headers.get("Host", "").partition(":")[0] not in HOSTS:
             self.send_error(403, f"open it as http://{HOSTS[0]}")
             return
-        address = urlsplit(self.path)
-        if address.path != "/":
+        path, _, query = self.path.partition("?")
+        if path != "/":
             self.send_error(404)
             return
-        content = make_page(self.output_dir, address.query).encode()
+        content = make_page(self.output_dir, query).encode()
         self.send_response(200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))

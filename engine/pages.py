@@ -35,6 +35,7 @@ figure{margin:0}img{width:100%}figcaption{font-weight:bold}h2{margin:2rem 0 .5re
 table{border-collapse:collapse;display:block;overflow-x:auto}
 td,th{border-bottom:1px solid #ddd;padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
 td,pre{white-space:pre-wrap;overflow-wrap:anywhere}pre{background:#f4f4f4;padding:.6rem}
+td:first-child{white-space:nowrap;overflow-wrap:normal}
 nav a{margin-right:1rem}nav a.chosen{font-weight:bold}.dot{font-size:1.4em;line-height:1}
 """
 CHINESE = {

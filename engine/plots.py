@@ -79,6 +79,7 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
 
     Of one run each metric has a colour. Of several each run has one, C0, C1 and so on.
     """
+    labelled = set()
     for number, metrics in enumerate(runs):
         for place, name in enumerate(names):
             found = [m for m in metrics if name in m and math.isfinite(m[name])]  # fp16: inf
@@ -87,7 +88,8 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
             x = positions(metrics, [m["step"] for m in found], axis)
             values = np.array([m[name] for m in found], dtype=float)
             color = f"C{number if len(runs) > 1 else place}"
-            label = name if number == 0 else None
+            label = None if name in labelled else name
+            labelled.add(name)
             if name.startswith("val/"):
                 color = color if len(runs) > 1 else "tab:red"
                 panel.plot(x, values, "o-", markersize=4, color=color, label=label)
