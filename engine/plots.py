@@ -34,9 +34,10 @@ def panels_of(runs: Sequence[list[dict]]) -> list[tuple[str, list[str]]]:
     return PREFERENCE_PANELS if has_preferences else PANELS
 
 
-def smooth(values: Sequence[float]) -> list[float]:
+def smooth(values: Sequence[float] | np.ndarray) -> list[float]:
     """Exponential moving average without the bias towards its start (as Adam corrects it)."""
-    smoothed, average, weight = [], 0.0, 0.0
+    average, weight = 0.0, 0.0
+    smoothed: list[float] = []
     for value in values:
         average = SMOOTHING * average + (1 - SMOOTHING) * value
         weight = SMOOTHING * weight + (1 - SMOOTHING)
@@ -98,7 +99,8 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
             else:
                 style = "--" if place else "-"
                 label = label and f"{name} (smoothed)"
-                panel.plot(*thin(x, np.array(smooth(values))), style, color=color, label=label)
+                smoothed = np.array(smooth(values), dtype=float)
+                panel.plot(*thin(x, smoothed), style, color=color, label=label)
                 panel.plot(*thin(x, values), alpha=0.25, color=color, linewidth=0.8)
     panel.set_xlabel(axis)
     panel.grid(alpha=0.3)

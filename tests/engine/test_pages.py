@@ -8,16 +8,17 @@ from html.parser import HTMLParser
 
 import pytest
 
-from engine.pages import POLICY, escape, read_run, sections, write_report
+from engine.pages import POLICY, read_run, sections, write_report
 
-HOSTILE = '<script>document.title="stolen"</script><img src="http://example.org/x.png"> & \ud800'
+SCRIPT = '<script>document.title="stolen"</script>'
+HOSTILE = SCRIPT + '<img src="http://example.org/x.png"> & \ud800'
 CHROMIUM = shutil.which("chromium")
 
 
 def make_run(folder, samples=(), config=None, description=None, steps: int = 12):
     """A run's folder as training leaves it."""
     folder.mkdir(parents=True)
-    lines = [
+    lines: list[dict] = [
         {"step": s, "train/loss": 3 / s, "train/tokens_seen": 100 * s, "train/tokens_per_second": 9}
         for s in range(1, steps + 1)
     ]
@@ -85,12 +86,13 @@ def test_an_unfinished_run_says_the_command_that_goes_on(tmp_path):
 
 
 def test_what_stands_in_files_is_text(tmp_path):
-    folder = make_run(
-        tmp_path / f"sft/{HOSTILE[:7]}", [[HOSTILE, HOSTILE]], {HOSTILE: HOSTILE},
-        {"command": HOSTILE, "total_steps": HOSTILE, "parameters": HOSTILE, "data": {HOSTILE: HOSTILE}},
-    )  # fmt: skip
+    description = dict.fromkeys(("command", "total_steps", "parameters"), HOSTILE)
+    description |= {"data": {HOSTILE: HOSTILE}}
+    samples = [[HOSTILE, HOSTILE]]
+    folder = make_run(tmp_path / "sft/<b>", samples, {HOSTILE: HOSTILE}, description)
     page = Elements(write_report(folder).read_text(encoding="utf-8"))
-    assert page.text.count(escape(HOSTILE)[:0] + '<script>document.title="stolen"</script>') >= 7
+    assert page.text.count(SCRIPT) >= 8
+    assert "sft/<b>" in page.text
     assert [tag for tag, _ in page.found].count("script") == 1
     addresses = [a.get("src") or a.get("href") for _, a in page.found]
     assert all(address.startswith("data:") for address in addresses if address)
@@ -104,7 +106,7 @@ def test_what_stands_in_files_is_text(tmp_path):
 def test_a_browser_shows_its_language_and_runs_no_sample(tmp_path, language, shown):
     path = write_report(make_run(tmp_path / "sft/run", [["问", HOSTILE]]))
     # As if a sample had come through unescaped: the page's policy still runs nothing of it.
-    path.write_text(path.read_text().replace("</body>", HOSTILE[:44] + "</body>"))
+    path.write_text(path.read_text().replace("</body>", SCRIPT + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'u'}"]
     options += [f"--lang={language}", f"--accept-lang={language}", "--dump-dom"]
     done = subprocess.run(
