@@ -141,11 +141,14 @@ def export(folder: Path):
 def main():
     parser = argparse.ArgumentParser(description="Watch runs in a browser, while they train.")
     parser.add_argument("output_dir", type=Path, nargs="?", default="checkpoints")
-    parser.add_argument("--export", type=Path, metavar="RUN", help="write its report and curves")
+    parser.add_argument(
+        "--export", type=Path, nargs="+", metavar="RUN", help="write report.html and curves.png"
+    )
     parser.add_argument("--port", type=int, default=8010, help="0: any that is free")
     options = parser.parse_args()
     if options.export:
-        export(options.export)
+        for folder in options.export:
+            export(folder)
         return
     with make_server(options.output_dir, options.port) as server:
         address = f"http://{HOSTS[0]}:{server.server_port}"

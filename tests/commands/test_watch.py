@@ -8,6 +8,8 @@ import pytest
 
 import watch
 
+REPORT = "report.html"
+
 
 def write_run(folder, steps: int = 3, **config):
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +90,12 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 @pytest.mark.slow
 def test_the_command_exports_a_run_and_names_a_folder_without_metrics(run_script, tmp_path):
     write_run(tmp_path / "sft/a")
-    done = run_script("watch.py", "--export", tmp_path / "sft/a")
+    write_run(tmp_path / "sft/b")
+    done = run_script("watch.py", "--export", tmp_path / "sft/a", tmp_path / "sft/b")
     assert done.returncode == 0, done.stderr
-    pictures, report = done.stdout.split()
-    assert pictures.endswith("curves.png") and report.endswith("report.html")
+    written = [tmp_path / "sft" / run / name for run in "ab" for name in ("curves.png", REPORT)]
+    assert done.stdout.split() == [str(path) for path in written]
+    assert all(path.stat().st_size for path in written)
     failed = run_script("watch.py", "--export", tmp_path / "absent")
     assert failed.returncode == 1
     assert "absent holds no metrics.jsonl: name a run, as checkpoints/" in failed.stderr

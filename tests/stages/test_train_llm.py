@@ -46,6 +46,9 @@ def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path,
     )
     run = Path(final).parent
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    report = (run / "report.html").read_text(encoding="utf-8")
+    assert "<td>documents</td><td>60</td>" in report, "what the preparation counted"
+    assert f"python sft_train.py --init_from {final}" in report
     assert "batch_size: 4" in printed and "tokens per step" in printed and "parameters" in printed
     assert "tok/s" in printed and "eta" in printed
 
