@@ -1,4 +1,4 @@
-"""Runs as an HTML page, for watch.py and report.html.
+"""Runs as an HTML page, for `curves.py --web` and report.html.
 
 It shows curves, samples, configuration, the data's counts, and how to go on. A page is one
 file that asks no server for anything. What stands in a run's files is shown as text: it is escaped,

@@ -11,7 +11,7 @@ PACKAGES = ("corpus", "engine", "kernels")
 STAGES = ("train_llm", "sft_train", "dpo_train")
 # From the top to the bottom. A module imports from its own layer and from the layers below it.
 LAYERS = [
-    {"chat", "evaluate", "export_gguf", "plan", "watch"},
+    {"chat", "evaluate", "export_gguf", "plan", "curves"},
     {*STAGES, "train_data", "sft_data", "dpo_data"},
     {"corpus"},
     {"engine"},

@@ -1,7 +1,7 @@
-"""Watch runs while they train, in a browser; or write one down as a file.
+"""The curves of runs, also while they train: as files, or as a page in a browser.
 
-python watch.py                                     a page of all runs under checkpoints/
-python watch.py --export checkpoints/sft/<run>      report.html and curves.png in its folder
+python curves.py checkpoints/sft/<run>      writes curves.png and report.html in its folder
+python curves.py --web                      a page of all runs under checkpoints/
 
 The page reads the files of the runs and nothing else. Only this machine can open it.
 """
@@ -52,11 +52,11 @@ def make_page(output_dir: Path, query: str) -> str:
     axis = asked["axis"][0] if asked.get("axis", [""])[0] in AXES else "step"
     if not found:
         about = label("No run yet under", "还没有训练记录：")
-        return page("watch", f"<p>{about} {escape(output_dir)}</p>", REFRESH_SECONDS)
+        return page("curves", f"<p>{about} {escape(output_dir)}</p>", REFRESH_SECONDS)
     dates = tuple(_date(found[name] / file) for name in names for file in FILES)
     with DRAWING:
         body = _sections(tuple(found[name] for name in names), axis, dates)
-    return page("watch", _choices(list(found), names, axis) + body, REFRESH_SECONDS)
+    return page("curves", _choices(list(found), names, axis) + body, REFRESH_SECONDS)
 
 
 @lru_cache(maxsize=8)
@@ -139,18 +139,22 @@ def export(folder: Path):
 
 @as_command()
 def main():
-    parser = argparse.ArgumentParser(description="Watch runs in a browser, while they train.")
-    parser.add_argument("output_dir", type=Path, nargs="?", default="checkpoints")
-    parser.add_argument(
-        "--export", type=Path, nargs="+", metavar="RUN", help="write report.html and curves.png"
-    )
-    parser.add_argument("--port", type=int, default=8010, help="0: any that is free")
+    parser = argparse.ArgumentParser(description="Draw the curves of runs, or show them.")
+    parser.add_argument("runs", type=Path, nargs="*", help="folders, as checkpoints/sft/<run>")
+    parser.add_argument("--web", action="store_true", help="a page that follows the runs")
+    parser.add_argument("--output_dir", type=Path, default="checkpoints", help="of --web")
+    parser.add_argument("--port", type=int, default=8010, help="of --web; 0: any that is free")
     options = parser.parse_args()
-    if options.export:
-        for folder in options.export:
-            export(folder)
-        return
-    with make_server(options.output_dir, options.port) as server:
+    if options.web == bool(options.runs):
+        parser.error("name runs, as checkpoints/sft/<run>, or say --web")
+    for folder in options.runs:
+        export(folder)
+    if options.web:
+        serve(options.output_dir, options.port)
+
+
+def serve(output_dir: Path, port: int):
+    with make_server(output_dir, port) as server:
         address = f"http://{HOSTS[0]}:{server.server_port}"
         print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
         server.serve_forever()

@@ -1,4 +1,4 @@
-"""watch.py: the page of the runs that train, on this machine alone; and its export."""
+"""curves.py: the page of the runs that train, on this machine alone; and its files."""
 
 import json
 import threading
@@ -6,7 +6,7 @@ from http.client import HTTPConnection
 
 import pytest
 
-import watch
+import curves
 
 REPORT = "report.html"
 
@@ -21,7 +21,7 @@ def write_run(folder, steps: int = 3, **config):
 @pytest.fixture
 def ask(tmp_path):
     """Ask a running page: (path, headers) -> (status, text)."""
-    server = watch.make_server(tmp_path, 0)
+    server = curves.make_server(tmp_path, 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def get(path: str = "/", method: str = "GET", **headers: str) -> tuple[int, str]:
@@ -81,8 +81,8 @@ def test_a_foreign_host_other_paths_and_other_methods_are_refused(tmp_path, ask)
 
 
 def test_a_port_that_is_taken_is_named(tmp_path):
-    with watch.make_server(tmp_path, 0) as server, pytest.raises(SystemExit) as raised:
-        watch.make_server(tmp_path, server.server_port)
+    with curves.make_server(tmp_path, 0) as server, pytest.raises(SystemExit) as raised:
+        curves.make_server(tmp_path, server.server_port)
     assert f"port {server.server_port}: " in str(raised.value)
     assert "choose another one with --port" in str(raised.value)
 
@@ -91,11 +91,13 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 def test_the_command_exports_a_run_and_names_a_folder_without_metrics(run_script, tmp_path):
     write_run(tmp_path / "sft/a")
     write_run(tmp_path / "sft/b")
-    done = run_script("watch.py", "--export", tmp_path / "sft/a", tmp_path / "sft/b")
+    done = run_script("curves.py", tmp_path / "sft/a", tmp_path / "sft/b")
     assert done.returncode == 0, done.stderr
     written = [tmp_path / "sft" / run / name for run in "ab" for name in ("curves.png", REPORT)]
     assert done.stdout.split() == [str(path) for path in written]
     assert all(path.stat().st_size for path in written)
-    failed = run_script("watch.py", "--export", tmp_path / "absent")
+    failed = run_script("curves.py", tmp_path / "absent")
     assert failed.returncode == 1
     assert "absent holds no metrics.jsonl: name a run, as checkpoints/" in failed.stderr
+    failed = run_script("curves.py")
+    assert "name runs, as checkpoints/sft/<run>, or say --web" in failed.stderr
