@@ -3,7 +3,10 @@
     python chat.py                              the newest model of the last stage
     python chat.py --prompt 红烧肉怎么做？        one answer, then exit
     python chat.py --compare A B --prompt …     two checkpoints side by side
-    python chat.py --serve                      OpenAI's API on this machine (needs an extra)
+    python chat.py --web                        a page to talk, to compare two models, and to vote
+    python chat.py --serve                      OpenAI's API on this machine
+
+The last two need an extra package, and say which.
 
 A chat model answers through its template; a base model (stage pretrain) continues the text. Ctrl-C
 ends a reply, not the program; /clear forgets the conversation; Ctrl-D or /exit leaves.
@@ -18,79 +21,18 @@ import sys
 import textwrap
 from pathlib import Path
 
-import torch
-from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import TextStreamer
 
 from engine.command import as_command
-from engine.model_folder import (
-    check_model_folder,
-    fast_inference,
-    is_chat_model,
-    open_model_folder,
-)
+from engine.conversation import Chat, StopOnInterrupt, make_sampling
+from engine.model_folder import check_model_folder
 from engine.runs import find_newest_final
-from tokenizer import encode_plain
+from web.replies import Models
+from web.server import listen, serve_page
+from web.votes import Votes
 
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
 COLUMN = 48  # characters of one side of --compare
-
-
-class Chat:
-    """A model, its tokenizer and one conversation."""
-
-    def __init__(self, folder: str, sampling: dict, seed: int | None, system: str | None):
-        self.folder, self.sampling, self.seed = folder, sampling, seed
-        self.model, self.tokenizer = open_model_folder(folder)
-        self.is_chat_model = is_chat_model(self.model.config, self.tokenizer)
-        self.start = [{"role": "system", "content": system}] if system else []
-        self.clear()
-
-    def clear(self):
-        self.messages = list(self.start)
-
-    def prompt_ids(self, text: str) -> torch.Tensor:
-        """(1, tokens) that fit into the context with the reply. The oldest turns are left out."""
-        room = max(16, self.model.config.max_seq_len - self.sampling["max_new_tokens"])
-        if not self.is_chat_model:
-            # As in training: without the tokens that some tokenizers put before every text.
-            ids = encode_plain(self.tokenizer, [text])
-            return torch.tensor(ids, dtype=torch.long)[:, -room:]
-        self.messages.append({"role": "user", "content": text})
-        while True:
-            encoded = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            first = len(self.start)
-            if encoded["input_ids"].shape[1] <= room or len(self.messages) - first <= 1:
-                return encoded["input_ids"][:, -room:]
-            del self.messages[first : first + 2]  # a question and its answer
-
-    def reply(self, text: str, streamer=None, stop=None) -> str:
-        """Answer (chat model) or continue (base model) a text. A seed gives the same reply."""
-        input_ids = self.prompt_ids(text).to(self.model.device)
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-        with fast_inference(self.model):
-            output = self.model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                streamer=streamer,
-                stopping_criteria=StoppingCriteriaList([stop] if stop else []),
-                **self.sampling,
-            )
-        answer = self.tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True)
-        if self.is_chat_model:
-            self.messages.append({"role": "assistant", "content": answer})
-        return answer
-
-
-class StopOnInterrupt(StoppingCriteria):
-    """Ends generation after Ctrl-C. What was generated is kept."""
-
-    def __init__(self):
-        self.interrupted = False
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.interrupted, device=input_ids.device)
 
 
 def stream_reply(chat: Chat, text: str):
@@ -170,6 +112,19 @@ def serve(folder: str, port: int):
         raise ValueError(f"the server ended with {done.returncode}; its reason is printed above.")
 
 
+def open_page(folders: list[str], arguments: argparse.Namespace):
+    """Talk, compare and vote in a browser on this machine."""
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("--web needs `pip install -r requirements-web.txt`.")
+    models = Models(arguments.output_dir, folders)
+    votes = Votes(Path(arguments.votes))
+    with listen(arguments.port) as opened:
+        # Only here, because it takes seconds and needs the extra.
+        from web.page import build_app
+
+        serve_page(build_app(models, votes, vars(arguments)), opened)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Talk to a checkpoint.")
     parser.add_argument("--model", help="folder; default: the newest of the last stage")
@@ -182,31 +137,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--repetition_penalty", type=float, default=1.1)
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--output_dir", default="checkpoints", help="where the runs are")
+    parser.add_argument("--web", action="store_true", help="open a page for the browser")
+    parser.add_argument("--votes", default="pairs.jsonl", help="where --web writes votes")
     parser.add_argument("--serve", action="store_true")
     parser.add_argument("--port", type=int, default=8000)
     return parser.parse_args()
 
 
-def check_sampling(arguments: argparse.Namespace):
-    ranges = {
-        "max_new_tokens": (arguments.max_new_tokens >= 1, "at least 1"),
-        "temperature": (arguments.temperature >= 0, "at least 0"),
-        "top_p": (0 < arguments.top_p <= 1, "above 0 and at most 1"),
-        "repetition_penalty": (arguments.repetition_penalty > 0, "above 0"),
-    }
-    for name, (is_right, wanted) in ranges.items():
-        if not is_right:
-            raise ValueError(f"--{name} {getattr(arguments, name)} must be {wanted}.")
-
-
 def run(arguments: argparse.Namespace):
-    check_sampling(arguments)
-    sampling = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
-    sampling["repetition_penalty"] = arguments.repetition_penalty
-    if sampling["do_sample"]:
-        sampling |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    sampling = make_sampling(**{key: getattr(arguments, key) for key in SAMPLING})
     folders = arguments.compare or [arguments.model]
-    folders = [str(f or find_newest_final("checkpoints", arguments.stage)) for f in folders]
+    output_dir, stage = arguments.output_dir, arguments.stage
+    folders = [str(folder or find_newest_final(output_dir, stage)) for folder in folders]
+    if arguments.web:
+        return open_page(folders, arguments)
     if arguments.serve:
         return serve(folders[0], arguments.port)
     chats = [Chat(f, sampling, arguments.seed, arguments.system) for f in folders]

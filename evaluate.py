@@ -28,6 +28,7 @@ from engine.command import as_command
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
 from engine.runs import find_newest_final
+from engine.statistics import wilson_interval
 from tokenizer import encode_plain, token_byte_lengths
 
 BATCH_TOKENS = 8192  # of one forward pass
@@ -187,14 +188,6 @@ def fit_examples(tokenizer, examples, question, by_text: bool, room: int, shorte
     if len(ids) > room:
         shortened["are longer than the context: their beginning is cut"] += 1
     return ids
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927): right also for few questions and near 0 or 1."""
-    z, share = 1.959964, right / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def summarize_choices(rights: dict) -> tuple[dict, list[str]]:

@@ -22,6 +22,7 @@ MAX_STEPS = ('"max_steps": 0,', '"max_steps": 3,')
 STDIN = "你好\n"  # what the user of chat.py types, then end of file
 SKIPPED = {
     "python -m pytest": "the caller has run it",
+    "python chat.py --web": "it serves until it is ended; tests/web does that",
     "python evaluate.py --data ceval/": "C-Eval is not bundled",
     "python -m pip install lm_eval": "used by the next line only",
     "lm_eval ": "its tasks are on the Hub",

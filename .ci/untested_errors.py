@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("corpus", "engine", "kernels")
+PACKAGES = ("corpus", "engine", "kernels", "web")
 
 
 def find_untested(measured: dict) -> Iterator[str]:

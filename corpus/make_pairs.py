@@ -16,7 +16,7 @@ from corpus.cache import noted
 from corpus.chat_format import iter_conversations
 from corpus.labelled import Example, Labels, example_of
 from corpus.readers import input_error, iter_records
-from corpus.transcripts import split_question
+from corpus.transcripts import pair_record
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import track
 
@@ -60,7 +60,7 @@ def make_pairs(
             pairs = labels.pairs(example, counts)
             if not pairs and example.is_good is not False:
                 pairs = _with_sample(model, tokenizer, example, max_new_tokens, counts)
-            records = [_record(example.prompt, *pair) for pair in pairs]
+            records = [pair_record(example.prompt, *pair) for pair in pairs]
             stream.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
             stream.flush()
             counts["pairs"] += len(pairs)
@@ -84,14 +84,6 @@ def _with_sample(model, tokenizer, example: Example, max_new_tokens: int, counts
         counts["sample is the answer"] += 1
         return []
     return [(example.answer, rejected)]
-
-
-def _record(prompt: list[dict], chosen: str, rejected: str) -> dict:
-    answers = {"chosen": chosen, "rejected": rejected}
-    is_text = len(prompt) == 1 and prompt[0]["role"] == "user"
-    if is_text and not split_question(prompt[0]["content"]):
-        return {"instruction": prompt[0]["content"], **answers}
-    return {"prompt": prompt, **answers}
 
 
 def _read_done(output: Path) -> set[int]:

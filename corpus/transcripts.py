@@ -38,3 +38,12 @@ def split_question(text: str) -> list[dict]:
 def holds_transcript(text: str) -> bool:
     """Whether both speakers' marks stand at the beginnings of lines."""
     return "Assistant" in text and set(MARK.findall(text)) == ROLE_OF.keys()
+
+
+def pair_record(prompt: list[dict], chosen: str, rejected: str) -> dict:
+    """A DPO record: the question as text where it is one, otherwise its messages."""
+    answers = {"chosen": chosen, "rejected": rejected}
+    is_text = len(prompt) == 1 and prompt[0]["role"] == "user"
+    if is_text and not split_question(prompt[0]["content"]):
+        return {"instruction": prompt[0]["content"], **answers}
+    return {"prompt": prompt, **answers}

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data" / "real"
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("**/*.py")]
 SOURCES += [
-    path for folder in ("corpus", "engine", "kernels") for path in ROOT.glob(f"{folder}/*.py")
+    path
+    for folder in ("corpus", "engine", "kernels", "web")
+    for path in ROOT.glob(f"{folder}/*.py")
 ]
 OWN = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
 OWN += [path.stem for path in (ROOT / "tests").glob("**/*.py")]

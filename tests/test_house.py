@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("corpus", "engine", "kernels")
+PACKAGES = ("corpus", "engine", "kernels", "web")
 STAGES = ("train_llm", "sft_train", "dpo_train")
 # From the top to the bottom. A module imports from its own layer and from the layers below it.
 LAYERS = [
     {"chat", "evaluate", "export_gguf", "plan", "curves"},
+    {"web"},
     {*STAGES, "train_data", "sft_data", "dpo_data"},
     {"corpus"},
     {"engine"},

@@ -43,7 +43,7 @@ def test_every_link_and_every_file_of_the_structure_exists(name):
 def test_every_script_and_folder_is_named_in_the_readme():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     names = [path.name for path in ROOT.glob("*.py")]
-    names += ["engine/", "corpus/", "kernels/", "benchmarks/", "data/", "tests/"]
+    names += ["engine/", "corpus/", "kernels/", "web/", "benchmarks/", "data/", "tests/"]
     assert [name for name in names if name not in text] == []
 
 

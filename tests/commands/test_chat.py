@@ -7,7 +7,8 @@ from conftest import ROOT
 from tiny import sft_config
 
 import chat
-from chat import Chat, StopOnInterrupt, side_by_side, width
+from chat import side_by_side, width
+from engine.conversation import Chat, StopOnInterrupt
 from sft_train import train_sft
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -113,6 +114,7 @@ def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
     [
         ("--model nowhere --prompt 你", "nowhere: no model folder there"),
         ("--model nowhere --serve", "nowhere: no model folder there"),
+        ("--stage sft --web --output_dir runs", "No finished sft run under runs/sft"),
         ("--stage sft", "No finished sft run under checkpoints/sft: run `python sft_train.py`"),
         ("--max_new_tokens 0", "--max_new_tokens 0 must be at least 1"),
         ("--temperature -1", "--temperature -1.0 must be at least 0"),
@@ -133,6 +135,13 @@ def test_serving_without_its_extra_says_what_to_install(monkeypatch, base_model)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="transformers\\[serving\\]"):
         chat.serve(base_model, 8000)
+
+
+def test_the_page_without_its_extra_says_what_to_install(monkeypatch, base_model):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--web", "--model", base_model])
+    with pytest.raises(ValueError, match=r"--web needs `pip install -r requirements-web\.txt`"):
+        chat.run(chat.parse())
 
 
 def test_a_server_that_fails_is_an_error(monkeypatch, base_model):
