@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.slow]
 HOSTILE = (
     '<script>document.title="owned"</script>![a](http://203.0.113.7/a)<img src="//203.0.113.7/b">'
 )
-GREEDY = ["--max_new_tokens=90", "--temperature=0", "--top_p=1", "--repetition_penalty=1"]
+GREEDY = ["--max_new_tokens=120", "--temperature=0", "--top_p=1", "--repetition_penalty=1"]
 MODELS = ("sft/hostile", "sft/plain")
 # What chromium itself asks its makers, whatever the page is. Fonts would be asked by the page.
 CHROMIUM = re.compile(r"\b(?!fonts\.)[\w-]+\.(google|googleapis|gvt1)\.com")
@@ -42,6 +42,7 @@ def folder(tmp_path_factory, base_model) -> Path:
         data = {"dataset": write_jsonl(folder / f"{name}.jsonl", records), "max_length": 192}
         config = sft_config(folder, base_model) | learned | data
         train_sft(run_name=name, wandb_config=config)
+        assert reply_of(folder, f"sft/{name}", "问1") == answer
     (folder / "checkpoints/pretrain/base").mkdir(parents=True)
     (folder / "checkpoints/pretrain/base/final").symlink_to(base_model)
     return folder
@@ -78,7 +79,7 @@ def votes(folder) -> Iterator[Votes]:
 
 def reply_of(folder: Path, model: str, text: str) -> str:
     final = folder / "checkpoints" / model / "final"
-    return Chat(str(final), make_sampling(90, 0, 1, 1), 1, None).reply(text)
+    return Chat(str(final), make_sampling(120, 0, 1, 1), 1, None).reply(text)
 
 
 def pairs_of(votes: Votes) -> list[dict]:
@@ -106,9 +107,10 @@ def cast(browser: Browser, choice: str) -> str:
 
 
 def on_the_page(browser: Browser, expected: list[str]):
-    """Wait until these are the replies of the chat."""
+    """Wait until these are the replies of the chat, and the next question may be typed."""
     found = [text.strip() for text in expected]
-    browser.wait(lambda: browser.texts(BOT) == found and found, f"{found}")
+    browser.wait(lambda: browser.texts(BOT) == found, f"{found}")
+    browser.wait(lambda: browser.find("#message textarea").is_enabled())
 
 
 def test_a_question_is_answered_and_answered_again_and_edited(browser, folder):
@@ -142,7 +144,7 @@ def test_stop_ends_a_reply_and_the_page_goes_on(browser, folder):
     browser.type('#max_new_tokens input[type="number"]', "90\n")
     browser.choose("model", "sft/hostile")
     say(browser, "问1")
-    browser.wait(lambda: browser.texts(BOT)[1:] == [HOSTILE])
+    browser.wait(lambda: "".join(browser.texts(BOT)[1:]))
     assert browser.texts(BOT)[:1] == stopped
     chat = Chat(str(folder / "checkpoints/pretrain/base/final"), {}, None, None)
     assert len(chat.tokenizer(stopped[0])["input_ids"]) < 1000
