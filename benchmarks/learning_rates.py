@@ -27,6 +27,7 @@ MODEL = {"d_model": 192, "n_heads": 4, "n_layers": 6, "d_ff": 512, "vocab_size":
 RUN: dict = {"max_seq_len": 256, "batch_size": 4, "num_epochs": 100, "validation_tokens": 65_536}
 RUN |= {"eval_every": 0, "sample_every": 0, "save_every": 0, "log_every": 50, "num_workers": 0}
 RUN |= {"mixed_precision": "no", "resume": False, "tokenizer_megabytes": 30}
+RUN |= {"scale_learning_rate": False}
 
 
 def run_one(arguments, changes: dict) -> dict:
