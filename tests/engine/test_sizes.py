@@ -193,20 +193,15 @@ def no_memory_in_inference(number: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "number", "place"),
-    [("sft", 1, "sample"), ("dpo", 1, "reference_logps"), ("dpo", 5, "validate")],
+    ("number", "place"), [(1, "reference_logps"), (5, "validate")], ids=["reference", "validation"]
 )
 def test_out_of_memory_before_the_first_step_says_what_to_change(
-    monkeypatch, tmp_path, base_model, stage, number, place
+    monkeypatch, tmp_path, base_model, number, place
 ):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: CARD)
-    train, config = {
-        "sft": (sft_train.train_sft, sft_config(tmp_path, base_model)),
-        "dpo": (dpo_train.train_dpo, dpo_config(tmp_path, base_model)),
-    }[stage]
     message = "memory ended with batch_size 4 .* Estimated to fit its 2.0 GiB"
     with no_memory_in_inference(number), pytest.raises(MemoryError, match=message) as caught:
-        train(wandb_config=config)
+        dpo_train.train_dpo(wandb_config=dpo_config(tmp_path, base_model))
     frames = traceback.extract_tb(caught.value.__cause__.__traceback__)
     assert place in [frame.name for frame in frames]
     assert not list(tmp_path.glob("checkpoints/*/*/step_*"))

@@ -3,6 +3,7 @@
 import shutil
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -42,6 +43,12 @@ def test_a_shared_memory_that_is_too_small_is_named_and_the_batches_are_the_same
     assert "of /dev/shm, where 0.0 are free (docker: --shm-size=1g or --ipc=host)" in printed
 
 
+def collator(function, argument) -> partial:
+    collate: Any = partial(function, argument)
+    collate.row_length = 1
+    return collate
+
+
 def fails_at(number: int, items):
     """A collator with a fault of its own."""
     if any(int(item["input_ids"][0]) == number for item in items):
@@ -52,7 +59,7 @@ def fails_at(number: int, items):
 @pytest.mark.slow
 def test_a_fault_in_a_worker_is_an_error_and_no_reason_to_go_on(capsys):
     config = ORDER | {"num_workers": 1}
-    loader = StepLoader(numbered_rows(40), partial(fails_at, 7), config, cpu_runtime())
+    loader = StepLoader(numbered_rows(40), collator(fails_at, 7), config, cpu_runtime())
     with pytest.raises(RuntimeError, match="a fault of the collator"):
         list(loader)
     assert capsys.readouterr().out == ""
@@ -82,7 +89,7 @@ def numbers_and(error: type[Exception], items) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [ConnectionResetError, FileNotFoundError, EOFError, RuntimeError])
 def test_a_batch_that_is_lost_on_its_way_from_a_worker_is_made_again(capsys, error):
-    rows, collate = numbered_rows(20), partial(numbers_and, error)
+    rows, collate = numbered_rows(20), collator(numbers_and, error)
     alone, helped = (
         [
             [batch["ids"].tolist() for batch in step]

@@ -24,7 +24,16 @@ import train_llm
 from dpo_data import prepare_dpo_data
 from engine.guards import NumericalError
 from engine.runtime import make_runtime, seed_everything
-from engine.settings import AT_LEAST_ONE, AT_MOST, AUTO, LARGEST, OPTIONAL, resolve, shorten
+from engine.settings import (
+    AT_LEAST_ONE,
+    AT_MOST,
+    AUTO,
+    LARGEST,
+    OPTIONAL,
+    TRACKERS,
+    resolve,
+    shorten,
+)
 from sft_data import prepare_sft_data
 from tokenizer import create_tokenizer
 from train_data import prepare_data
@@ -97,6 +106,8 @@ UNKNOWN = st.sampled_from([None, 3, 1.5, ("a",), "d_modle", ""]) | st.text()
 def is_well_formed(key: str, value, default) -> bool:
     if (key in OPTIONAL and value is None) or (key in AUTO and value == "auto"):
         return True
+    if key == "trackers":
+        return isinstance(value, list | tuple) and set(value) <= set(TRACKERS)
     default = (OPTIONAL | AUTO).get(key, default)
     if key in ("torch_compile", "gradient_checkpointing", "resume"):
         return isinstance(value, str | bool)
