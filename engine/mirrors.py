@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # What WANDB_MODE can be. dryrun and run are its older names.
@@ -41,14 +42,9 @@ class Wandb:
         import wandb  # takes 0.7 s: only where it is used
 
         settings = wandb.Settings(silent=True, init_timeout=20, finish_timeout=UPLOAD_SECONDS)
-        begin: Any = wandb.init
-        try:
-            self.run = begin(mode=mode, settings=settings, **options)
-        except Exception as error:  # a server that cannot be reached must not stop a run
-            say_offline(self.name, error)
-            mode = "offline"
-            self.run = begin(mode=mode, settings=settings, **options)
-        self.id, self.mode = self.run.id, mode
+        begin: Any = partial(wandb.init, settings=settings, **options)
+        self.run, self.mode = begin_or_offline(self.name, mode, begin)
+        self.id = self.run.id
 
     def log(self, metrics: dict, step: int):
         self.run.log(metrics, step=step)
@@ -112,7 +108,7 @@ class SwanLab:
 
         settings: Any = swanlab.Settings(interactive=False, terminal={"proxy_type": "none"})
         has_no_key = settings.mode == "online" and not settings.api_key
-        self.mode = "offline" if has_no_key else settings.mode
+        mode = "offline" if has_no_key else settings.mode
         options = {
             "project": project_name,
             "name": run.folder.name,
@@ -124,21 +120,13 @@ class SwanLab:
             "reinit": True,  # the run of a training that failed in this process may be open
         }
         hook = sys.excepthook
-        self.run = within(UPLOAD_SECONDS, lambda: self._start(swanlab.init, options))
+        begin: Any = partial(swanlab.init, **options)
+        start = partial(begin_or_offline, self.name, mode, begin)
+        self.run, self.mode = within(UPLOAD_SECONDS, start)
         sys.excepthook = hook
         self.id = self.run.id
         # Before SwanLab's own hook, which would wait for ever.
         atexit.register(self.abandon)
-
-    def _start(self, begin: Callable, options: dict):
-        try:
-            return begin(mode=self.mode, **options)
-        except Exception as error:
-            if self.mode != "online":
-                raise
-            say_offline(self.name, error)
-            self.mode = "offline"
-            return begin(mode=self.mode, **options)
 
     def log(self, metrics: dict, step: int):
         self.run.log(metrics, step=step)
@@ -183,9 +171,16 @@ def within(seconds: float, action: Callable[[], Any]) -> Any:
     return results[0]
 
 
-def say_offline(name: str, error: Exception):
-    cause = (str(error) or repr(error)).splitlines()[0]
-    print(f"{name} cannot be reached ({cause}): logging offline.")
+def begin_or_offline(name: str, mode: str, begin: Callable) -> tuple[Any, str]:
+    """(what begin(mode=…) returns, its mode). A server that cannot be reached stops no run."""
+    try:
+        return begin(mode=mode), mode
+    except Exception as error:
+        if mode == "offline":
+            raise
+        cause = (str(error) or repr(error)).splitlines()[0]
+        print(f"{name} cannot be reached ({cause}): logging offline.")
+        return begin(mode="offline"), "offline"
 
 
 def choose_mode() -> str:

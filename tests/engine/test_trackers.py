@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from engine.mirrors import MIRRORS, within
+from engine.mirrors import MIRRORS, begin_or_offline, within
 from engine.runs import Run
 from engine.settings import TRACKERS, find_problem, parse_arguments
 from engine.tracker import Tracker
@@ -167,6 +167,24 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(tmp_path, capsys
     assert seen == [2, 3, "end"]
     assert failing.abandoned == 1
     assert capsys.readouterr().out.count("WARNING: failing: ConnectionResetError: lost;") == 1
+
+
+def test_a_server_that_cannot_be_reached_is_said_and_the_run_is_offline(capsys):
+    asked = []
+
+    def begin(mode: str):
+        asked.append(mode)
+        if mode == "online" or asked.count("offline") > 1:
+            raise ConnectionError("nobody there\na long story")
+        return "run"
+
+    assert begin_or_offline("swanlab", "online", begin) == ("run", "offline")
+    assert asked == ["online", "offline"]
+    assert capsys.readouterr().out == (
+        "swanlab cannot be reached (nobody there): logging offline.\n"
+    )
+    with pytest.raises(ConnectionError, match="nobody there"):
+        begin_or_offline("swanlab", "offline", begin)
 
 
 def test_nothing_is_waited_for_longer_than_it_may():
