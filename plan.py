@@ -30,7 +30,7 @@ import sft_train
 import train_llm
 from corpus.estimate import Estimate, estimate, first_megabyte
 from corpus.packing import PackedCollator
-from corpus.preparation import Corpus
+from corpus.preparation import Corpus, Recipe
 from corpus.processes import count_cores
 from corpus.readers import Portion, find_files
 from corpus.sources import datasets_of, is_remote
@@ -109,8 +109,7 @@ def estimate_data(stage: Stage, config: dict, vocab_size: int) -> Estimate | Non
     chosen = datasets_of(config["dataset"])
     if any(is_remote(name) for name, _ in chosen):
         return None
-    most = config["max_dataset_bytes"]
-    corpus = Corpus([(find_files(name), share) for name, share in chosen], most and int(most))
+    corpus = Corpus([(find_files(name), share) for name, share in chosen])
     portion, length = first_megabyte(corpus), config[stage.length_key]
     column = config.get("text_column")
     folder = config["init_from"] or config.get("tokenizer_path")
@@ -120,9 +119,11 @@ def estimate_data(stage: Stage, config: dict, vocab_size: int) -> Estimate | Non
         tokenizer = train_tokenizer(record_texts(portion, column), vocab_size)
     size = corpus.stored_bytes()
     if stage is PRETRAIN:
-        return estimate(corpus, portion, DocumentRecipe(column, tokenizer, length, size))
-    recipe = ConversationRecipe if stage is SFT else PairRecipe
-    return estimate(corpus, portion, recipe(tokenizer, length, size))
+        recipe: Recipe = DocumentRecipe(column, tokenizer, length, size)
+    else:
+        make_recipe = ConversationRecipe if stage is SFT else PairRecipe
+        recipe = make_recipe(tokenizer, length, size)
+    return estimate(corpus, portion, recipe, config["max_dataset_bytes"])
 
 
 def record_texts(portion: Portion, text_column: str | None) -> Iterator[str]:
@@ -183,7 +184,7 @@ def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
         "tokens/s a core, measured here on that megabyte)",
         f"Training: {span(*speeds(stage, model, card), tokens)} for {tokens:,.0f} tokens, about "
         f"{steps:,} steps (estimated)",
-        f"{rates[0].upper()}{rates[1:]}",
+        f"{rates[0].upper()}{rates[1:]} (estimated)",
         f"Disk: {data.tokens * data.bytes_per_token / 1e9:.2f} GB of rows, as much as the text "
         f"while they are made, {parameters * checkpoints / 1e9:.2f} GB of checkpoints (estimated)",
     ]

@@ -21,7 +21,7 @@ class Estimate:
 
 def first_megabyte(corpus: Corpus) -> Portion:
     """The first records of a corpus. The position is how many bytes of the file they take."""
-    portion = next(replace(corpus, max_bytes=None).tasks()).portion
+    portion = next(corpus.tasks()).portion
     if portion.size <= MEGABYTE:
         return portion
     first = cut(portion, MEGABYTE)
@@ -29,8 +29,12 @@ def first_megabyte(corpus: Corpus) -> Portion:
     return replace(first, position=stored)
 
 
-def estimate(corpus: Corpus, portion: Portion, recipe: Recipe) -> Estimate:
+def estimate(
+    corpus: Corpus, portion: Portion, recipe: Recipe, max_bytes: float | None = None
+) -> Estimate:
     """Prepare the first megabyte and project it on all of the corpus.
+
+    max_bytes: of text that will be read of each dataset, while its files may be compressed.
 
     Raises:
         ValueError: the megabyte holds nothing usable, or something broken.
@@ -43,10 +47,9 @@ def estimate(corpus: Corpus, portion: Portion, recipe: Recipe) -> Estimate:
     seconds = time.perf_counter() - started
     if not counts["tokens"]:
         raise ValueError(f"{portion.path}: its first megabyte has nothing to train on ({counts}).")
-    whole = replace(corpus, max_bytes=None)
-    megabytes = whole.stored_bytes() / max(1, portion.position)
-    if corpus.max_bytes:  # of text, while files may be compressed
-        megabytes = min(megabytes, len(corpus.datasets) * corpus.max_bytes / portion.size)
+    megabytes = corpus.stored_bytes() / max(1, portion.position)
+    if max_bytes:
+        megabytes = min(megabytes, len(corpus.datasets) * max_bytes / portion.size)
     return Estimate(
         counts["tokens"] * megabytes,
         counts["tokens"] / seconds,

@@ -30,7 +30,7 @@ def test_a_limit_counts_bytes_of_text_however_the_file_is_stored(tmp_path, token
     recipe = DocumentRecipe(None, tokenizer, 32)
     tokens = {}
     for limit in (None, size * 2 // 3, size * 9):
-        corpus = Corpus([([path], None)], limit)
-        tokens[limit] = estimate(corpus, first_megabyte(corpus), recipe).tokens
+        corpus = Corpus([([path], None)])
+        tokens[limit] = estimate(corpus, first_megabyte(corpus), recipe, limit).tokens
     assert tokens[size * 2 // 3] == pytest.approx(tokens[None] * 2 / 3, rel=0.05)
     assert tokens[size * 9] == tokens[None]
