@@ -77,6 +77,23 @@ def write_whole(path: Path, text: str):
     os.replace(temporary, path)
 
 
+def append_whole(path: Path, content: bytes, sync: bool = False):
+    """Append to a file, all or nothing. It is opened for each: an error leaves no open file.
+
+    sync: onto the disk before this returns.
+    """
+    with open(path, "ab", buffering=0) as stream:
+        before = stream.seek(0, os.SEEK_END)
+        try:
+            if (written := stream.write(content)) < len(content):  # the disk became full
+                stream.write(content[written:])
+            if sync:
+                os.fsync(stream.fileno())
+        except OSError:
+            stream.truncate(before)
+            raise
+
+
 def remove(path: Path):
     """Delete a file, a folder, or a link without what it leads to."""
     if path.is_dir() and not path.is_symlink():

@@ -2,12 +2,11 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from engine.children import unheard
-from engine.disk import write_whole
+from engine.disk import append_whole, write_whole
 from engine.extras import Extras
 from engine.mirrors import MIRRORS, Mirror
 
@@ -59,6 +58,9 @@ class Tracker:
 
     def _write(self, record: dict):
         self.waiting += json.dumps(record, ensure_ascii=False) + "\n"
+        self._write_waiting()
+
+    def _write_waiting(self):
         with self.extras.attempt("metrics.jsonl"):
             append_whole(self.path, self.waiting.encode())
             self.waiting = ""
@@ -76,22 +78,8 @@ class Tracker:
 
     def finish(self):
         if self.waiting:
-            with self.extras.attempt("metrics.jsonl"):
-                append_whole(self.path, self.waiting.encode())
-                self.extras.works_again("metrics.jsonl")
+            self._write_waiting()
         self._mirror(lambda mirror: mirror.finish())
-
-
-def append_whole(path: Path, content: bytes):
-    """Append to a file, all or nothing. It is opened for each: an error leaves no open file."""
-    with open(path, "ab", buffering=0) as stream:
-        before = stream.seek(0, os.SEEK_END)
-        try:
-            if (written := stream.write(content)) < len(content):  # the disk became full
-                stream.write(content[written:])
-        except OSError:
-            stream.truncate(before)
-            raise
 
 
 def read_metrics(path: Path) -> list[dict]:

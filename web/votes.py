@@ -5,7 +5,6 @@ pairs.ties    votes without one ("both good", "both bad"), which make no pair bu
 """
 
 import json
-import os
 import random
 import uuid
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from corpus.transcripts import pair_record
-from engine.disk import explain_full_disk, write_whole
+from engine.disk import append_whole, explain_full_disk, write_whole
 from engine.locks import WaitingLock, lock_in
 from engine.statistics import wilson_interval
 
@@ -196,17 +195,10 @@ def _read(path: Path) -> Iterator[tuple[str, dict | None]]:
 
 
 def _append(path: Path, record: dict):
-    """In one write, then onto the disk. Where the disk is full nothing stays of the line."""
+    """Onto the disk, as a line of its own. Where the disk is full nothing stays of it."""
     # "replace": a text box may hold half a character, which no file can.
     line = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-    size = path.stat().st_size if path.exists() else 0
-    if size and path.read_bytes()[-1:] != b"\n":
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         line = b"\n" + line
-    try:
-        with explain_full_disk(path), open(path, "ab", buffering=len(line) + 1) as stream:
-            stream.write(line)
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError:
-        os.truncate(path, size)
-        raise
+    with explain_full_disk(path):
+        append_whole(path, line, sync=True)
