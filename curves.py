@@ -19,10 +19,10 @@ from matplotlib.colors import to_hex
 from engine.command import as_command
 from engine.pages import escape, label, page, read_run, sections, write_report
 from engine.plots import AXES, plot_curves
+from web.server import HOST, is_own_name
 
 REFRESH_SECONDS = 15
 FILES = ("metrics.jsonl", "run.json", "description.json")  # what a page depends on
-HOSTS = ("127.0.0.1", "localhost")  # by another name a foreign page could read this one
 AXES_SHOWN = {
     "step": ("steps", "步数"),
     "tokens": ("tokens", "token 数"),
@@ -97,8 +97,8 @@ class Handler(BaseHTTPRequestHandler):
     output_dir: Path
 
     def do_GET(self):
-        if self.headers.get("Host", "").partition(":")[0] not in HOSTS:
-            self.send_error(403, f"open it as http://{HOSTS[0]}")
+        if not is_own_name(self.headers.get("Host", "")):
+            self.send_error(403, f"open it as http://{HOST}")
             return
         path, _, query = self.path.partition("?")
         if path != "/":
@@ -121,7 +121,7 @@ def make_server(output_dir: Path, port: int) -> ThreadingHTTPServer:
     """Raises SystemExit where the port is taken."""
     handler = type("HandlerOfFolder", (Handler,), {"output_dir": output_dir})
     try:
-        return ThreadingHTTPServer((HOSTS[0], port), handler)
+        return ThreadingHTTPServer((HOST, port), handler)
     except OSError as error:
         raise SystemExit(
             f"error: port {port}: {error.strerror}; choose another one with --port."
@@ -155,7 +155,7 @@ def main():
 
 def serve(output_dir: Path, port: int):
     with make_server(output_dir, port) as server:
-        address = f"http://{HOSTS[0]}:{server.server_port}"
+        address = f"http://{HOST}:{server.server_port}"
         print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
         server.serve_forever()
 

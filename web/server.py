@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 
 HOST = "127.0.0.1"
-NAMES = [HOST, "localhost"]
+NAMES = (HOST, "localhost")  # by another name a foreign page could reach this machine
 # Whatever a reply holds, a browser asks nobody else for it. gradio's page has scripts and styles
 # inside.
 POLICY = (
@@ -18,6 +18,11 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"x-dns-prefetch-control", b"off"),
 ]
+
+
+def is_own_name(host: str) -> bool:
+    """Whether a request's Host, with or without a port, is this machine by its own name."""
+    return host.partition(":")[0] in NAMES
 
 
 class SameOrigin:
@@ -36,7 +41,7 @@ class SameOrigin:
         headers = {key: value.decode("latin-1") for key, value in scope["headers"]}
         host = headers.get(b"host", "")
         origin = headers.get(b"origin", f"http://{host}")
-        if host.partition(":")[0] not in NAMES or origin != f"http://{host}":
+        if not is_own_name(host) or origin != f"http://{host}":
             return await _refuse(send)
 
         async def send_with_policy(message):
