@@ -16,6 +16,7 @@ STACK = 2**25  # elements of the matrices that Muon updates together, which boun
 # its length and its steps' size: measured, see benchmarks/README.md.
 STEPS, TOKENS_PER_STEP = 20_000, 16_384
 STEPS_POWER, TOKENS_POWER = 0.6, 0.1
+FEWEST_STEPS = 150  # that were measured: at fewer the rates rise no further
 
 
 def build(
@@ -132,7 +133,7 @@ def learning_rate_scale(steps: int, tokens_per_step: int, config: dict) -> float
     """What the peaks are multiplied by: short runs learn faster. 1: they are literal."""
     if not config["scale_learning_rate"]:
         return 1.0
-    by_steps = (STEPS / steps) ** STEPS_POWER
+    by_steps = (STEPS / max(steps, FEWEST_STEPS)) ** STEPS_POWER
     return by_steps * (tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
 
 

@@ -109,6 +109,7 @@ def test_scaled_rates_fall_with_the_steps_and_rise_with_their_tokens():
     lengths = [150, 600, 2_400, 10_000, 20_000, 100_000]
     scales = [optim.learning_rate_scale(steps, 16_384, config) for steps in lengths]
     assert scales == sorted(scales, reverse=True)
+    assert optim.learning_rate_scale(3, 16_384, config) == scales[0], "nothing shorter was measured"
     sizes = [optim.learning_rate_scale(600, tokens, config) for tokens in (1_024, 16_384, 2**19)]
     assert sizes == sorted(sizes)
 
