@@ -62,14 +62,14 @@ def test_peft_trains_a_lora_adapter_on_it(final, tmp_path, model_class):
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(model_class.from_pretrained(final), settings)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     ids, losses = torch.randint(0, 300, (2, 16)), []
-    for _ in range(3):
+    for _ in range(10):
         losses.append(model(input_ids=ids, labels=ids).loss)
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[2] < losses[0]
+    assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(model_class.from_pretrained(final), tmp_path / "adapter")
     torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
