@@ -25,7 +25,7 @@ PREFERENCE_PANELS = [
     *PANELS[1:],
 ]
 AXES = ("step", "tokens", "hours")
-SMOOTHING = 0.9  # of the exponential moving average over a noisy curve
+SMOOTHING = 0.03  # of the run: how far the moving average over a noisy curve looks back
 MOST_POINTS = 1000  # of one curve in a picture, which is 500 pixels wide
 
 
@@ -34,14 +34,19 @@ def panels_of(runs: Sequence[list[dict]]) -> list[tuple[str, list[str]]]:
     return PREFERENCE_PANELS if has_preferences else PANELS
 
 
-def smooth(values: Sequence[float] | np.ndarray) -> list[float]:
-    """Exponential moving average without the bias towards its start (as Adam corrects it)."""
-    average, weight = 0.0, 0.0
-    smoothed: list[float] = []
-    for value in values:
-        average = SMOOTHING * average + (1 - SMOOTHING) * value
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        smoothed.append(average / weight)
+def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Exponential moving average, without the bias towards its start (as Adam corrects it).
+
+    It looks back by a share of the run, not by a number of points: these may be far apart.
+    """
+    reach = SMOOTHING * (x[-1] - x[0]) or 1.0
+    average, weight, smoothed = 0.0, 0.0, np.empty(len(y))
+    for place, value in enumerate(y):
+        since = max(x[place] - x[place - 1], 0.0) if place else reach
+        keep = math.exp(-since / reach)
+        average = keep * average + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
+        smoothed[place] = average / weight
     return smoothed
 
 
@@ -99,8 +104,7 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
             else:
                 style = "--" if place else "-"
                 label = label and f"{name} (smoothed)"
-                smoothed = np.array(smooth(values), dtype=float)
-                panel.plot(*thin(x, smoothed), style, color=color, label=label)
+                panel.plot(*thin(x, smooth(x, values)), style, color=color, label=label)
                 panel.plot(*thin(x, values), alpha=0.25, color=color, linewidth=0.8)
     panel.set_xlabel(axis)
     panel.grid(alpha=0.3)

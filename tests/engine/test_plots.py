@@ -11,10 +11,19 @@ from engine.tracker import read_metrics
 
 
 def test_smoothing_starts_at_the_first_value_and_follows_a_constant():
-    assert smooth([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
-    smoothed = smooth([0.0] * 5 + [1.0] * 50)
-    assert smoothed[:5] == [0.0] * 5
-    assert 0 < smoothed[5] < smoothed[20] < smoothed[-1] < 1
+    assert smooth(np.arange(3), np.full(3, 3.0)) == pytest.approx([3.0, 3.0, 3.0])
+    assert smooth(np.array([7]), np.array([2.0])).tolist() == [2.0]
+    smoothed = smooth(np.arange(100), np.repeat([0.0, 1.0], [50, 50]))
+    assert smoothed[:50].tolist() == [0.0] * 50
+    assert 0 < smoothed[50] < smoothed[52] < smoothed[-1] < 1
+
+
+def test_smoothing_is_the_same_where_a_run_was_logged_at_fewer_steps():
+    """A moving average over points would show the start of such a run until its end."""
+    steps = np.arange(1, 1001)
+    values = 9 * np.exp(-steps / 300)
+    few = [*range(10), *range(19, 1000, 20)]
+    assert smooth(steps[few], values[few]) == pytest.approx(smooth(steps, values)[few], rel=0.06)
 
 
 @pytest.mark.parametrize("extra", [{}, {"rewards/margins": 0.5, "rewards/accuracies": 0.7}])
