@@ -112,6 +112,19 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
         panel.legend(fontsize=8)
 
 
+def margins(width: float, height: float, rows: int) -> dict[str, float]:
+    """Room around panels of a figure of so many inches. A layout by matplotlib draws it twice."""
+    panel = (height - 0.85 * rows) / rows
+    return {
+        "left": 0.65 / width,
+        "right": 1 - 0.15 / width,
+        "bottom": 0.5 / height,
+        "top": 1 - 0.35 / height,
+        "wspace": 0.18,
+        "hspace": 0.85 / panel,
+    }
+
+
 def plot_curves(run_folder: Path) -> Path:
     """Draw the curves of a run into its folder. Returns the picture's path."""
     from matplotlib.figure import Figure
@@ -119,8 +132,9 @@ def plot_curves(run_folder: Path) -> Path:
     runs = [read_metrics(run_folder / "metrics.jsonl")]
     panels = panels_of(runs)
     rows = len(panels) // 2
-    figure = Figure(figsize=(11, 3.5 * rows), layout="constrained")
-    for panel, (title, names) in zip(figure.subplots(rows, 2).flat, panels, strict=True):
+    figure = Figure(figsize=(11, 3.5 * rows))
+    subplots = figure.subplots(rows, 2, gridspec_kw=margins(11, 3.5 * rows, rows))
+    for panel, (title, names) in zip(subplots.flat, panels, strict=True):
         draw(panel, runs, names)
         panel.set_title(title)
     path = run_folder / "curves.png"
@@ -133,8 +147,8 @@ def draw_svg(runs: Sequence[list[dict]], names: list[str], axis: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 3.2), layout="constrained")
-    draw(figure.subplots(), runs, names, axis)
+    figure = Figure(figsize=(5.5, 3.2))
+    draw(figure.subplots(gridspec_kw=margins(5.5, 3.2, 1)), runs, names, axis)
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as text, not as paths
         figure.savefig(written, format="svg", metadata={"Date": None})

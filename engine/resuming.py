@@ -157,5 +157,5 @@ def as_words(key: str, value) -> list[str]:
     if isinstance(value, dict):
         return [f"--{key}", *(f"{name}={share}" for name, share in value.items())]
     if isinstance(value, list | tuple):
-        return [f"--{key}", *map(str, value)]
+        return [f"--{key}", *(map(str, value) if value else ["none"])]
     return [f"--{key}", str(value)]

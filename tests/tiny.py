@@ -33,6 +33,7 @@ LOOP = {
     "eval_every": 4,
     "save_every": 4,
     "sample_every": 0,
+    "trackers": [],  # importing wandb takes as long as ten steps
 }
 PRETRAIN = MODEL | LOOP | {"max_seq_len": 32, "vocab_size": 300}
 EXACT = (

@@ -160,6 +160,7 @@ def test_a_run_json_that_cannot_be_read_hides_no_other_run(tmp_path):
         ("a", None, ["--a", "None"]),
         ("a", True, ["--a", "True"]),
         ("dataset", ["x y", "z"], ["--dataset", "x y", "z"]),
+        ("trackers", [], ["--trackers", "none"]),
         ("dataset", {"x": 0.5, "y": 1}, ["--dataset", "x=0.5", "y=1"]),
     ],
 )
