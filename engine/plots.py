@@ -112,29 +112,33 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
         panel.legend(fontsize=8)
 
 
-def margins(width: float, height: float, rows: int) -> dict[str, float]:
-    """Room around panels of a figure of so many inches. A layout by matplotlib draws it twice."""
-    panel = (height - 0.85 * rows) / rows
-    return {
-        "left": 0.65 / width,
-        "right": 1 - 0.15 / width,
-        "bottom": 0.5 / height,
-        "top": 1 - 0.35 / height,
-        "wspace": 0.18,
-        "hspace": 0.85 / panel,
-    }
+def make_panels(width: float, height: float, rows: int = 1, columns: int = 1):
+    """(figure of so many inches, its panels). The room around them is fixed.
+
+    To find it, a layout by matplotlib draws everything once more.
+    """
+    from matplotlib.figure import Figure
+
+    above, below = 0.35, 0.5  # inches: a title; an axis with its name
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        left=0.65 / width,
+        right=1 - 0.15 / width,
+        bottom=below / height,
+        top=1 - above / height,
+        wspace=0.18,
+        hspace=(above + below) / (height / rows - above - below),
+    )
+    return figure, figure.subplots(rows, columns, squeeze=False).flat
 
 
 def plot_curves(run_folder: Path) -> Path:
     """Draw the curves of a run into its folder. Returns the picture's path."""
-    from matplotlib.figure import Figure
-
     runs = [read_metrics(run_folder / "metrics.jsonl")]
     panels = panels_of(runs)
     rows = len(panels) // 2
-    figure = Figure(figsize=(11, 3.5 * rows))
-    subplots = figure.subplots(rows, 2, gridspec_kw=margins(11, 3.5 * rows, rows))
-    for panel, (title, names) in zip(subplots.flat, panels, strict=True):
+    figure, places = make_panels(11, 3.5 * rows, rows, columns=2)
+    for panel, (title, names) in zip(places, panels, strict=True):
         draw(panel, runs, names)
         panel.set_title(title)
     path = run_folder / "curves.png"
@@ -145,10 +149,9 @@ def plot_curves(run_folder: Path) -> Path:
 def draw_svg(runs: Sequence[list[dict]], names: list[str], axis: str) -> str:
     """One panel as an SVG. It holds numbers and the metrics' names, no text from elsewhere."""
     import matplotlib
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5, 3.2))
-    draw(figure.subplots(gridspec_kw=margins(5.5, 3.2, 1)), runs, names, axis)
+    figure, [panel] = make_panels(5.5, 3.2)
+    draw(panel, runs, names, axis)
     written = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters as text, not as paths
         figure.savefig(written, format="svg", metadata={"Date": None})

@@ -11,8 +11,7 @@ from conftest import ROOT
 from tiny import dpo_config, pretrain_config, sft_config
 
 from engine.resuming import as_words
-
-SCRIPTS = {"pretrain": "train_llm.py", "sft": "sft_train.py", "dpo": "dpo_train.py"}
+from engine.runs import SCRIPTS
 
 
 def config_of(stage: str, folder: Path, base: str, **changes) -> dict:

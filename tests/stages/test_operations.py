@@ -16,19 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from scripts import (
-    SCRIPTS,
-    command_of,
-    command_of_all,
-    config_of,
-    printed,
-    run_folder,
-    start,
-    wait_for,
-)
+from scripts import command_of, command_of_all, config_of, printed, run_folder, start, wait_for
 from tiny import logged, pretrain_config, sft_config, weights, write_corpus
 
 from engine.checkpoint import find_damage, list_checkpoints
+from engine.runs import SCRIPTS
 
 pytestmark = pytest.mark.slow
 LONG = {"max_steps": 100_000, "num_epochs": 100_000, "num_workers": 2, "save_every": 0}
@@ -237,7 +229,7 @@ def test_a_full_disk_under_the_log_ends_no_training(tmp_path):
 
 def test_closed_streams_end_no_training(tmp_path):
     config = pretrain_config(tmp_path, max_steps=3)
-    shell = f"{subprocess.list2cmdline(command_of('pretrain', config))} <&- >&- 2>&-"
+    shell = f"{shlex.join(command_of('pretrain', config))} <&- >&- 2>&-"
     done = subprocess.run(["bash", "-c", shell], cwd=tmp_path)
     assert done.returncode == 0
 
@@ -305,7 +297,7 @@ def test_a_small_shared_memory_is_named_and_the_run_goes_on_without_workers(tmp_
         pytest.skip("mounting needs root")
     config = pretrain_config(tmp_path, max_steps=3, num_workers=2, batch_size=32, max_seq_len=256)
     config["dataset"] = write_corpus(tmp_path, 4000)
-    words = subprocess.list2cmdline(command_of("pretrain", config))
+    words = shlex.join(command_of("pretrain", config))
     shell = f"mount -t tmpfs -o size=100k tmpfs /dev/shm && exec {words}"
     done = subprocess.run(
         ["unshare", "-m", "bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True
