@@ -188,12 +188,17 @@ def data_fingerprint(rows: Dataset) -> str:
 
 
 def remember(rows: Dataset, name: str, compute: Callable[[], float]) -> float:
-    """A number that follows from cached rows. It is computed once and kept beside them."""
+    """A number that follows from cached rows. It is computed once and kept beside them.
+
+    Of several ranks or runs one computes it, and the others wait.
+    """
     if not rows.cache_files:
         return compute()
     file = Path(rows.cache_files[0]["filename"]).with_name(f"{name}.json")
     if not file.exists():
-        write_whole(file, json.dumps(compute()))
+        with cache_lock(file.parent.parent):
+            if not file.exists():  # another may have written it meanwhile
+                write_whole(file, json.dumps(compute()))
     return json.loads(file.read_text())
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -201,6 +203,21 @@ def test_a_number_that_follows_from_rows_is_computed_once_and_kept_beside_them(t
     for _ in range(2):
         cache.remember(loose, "loss", compute)
     assert len(calls) == 3
+
+
+def test_of_several_that_ask_for_a_number_at_once_one_computes_it(tmp_path):
+    rows, _ = cached_splits("sft", data_of(tmp_path, TEXTS), TextRecipe, [])
+    calls = []
+
+    def compute() -> float:
+        calls.append(1)
+        time.sleep(0.3)  # the others come meanwhile
+        return 0.5
+
+    with ThreadPoolExecutor(4) as threads:
+        asked = [threads.submit(cache.remember, rows["train"], "loss", compute) for _ in range(4)]
+    assert [future.result() for future in asked] == [0.5] * 4
+    assert len(calls) == 1
 
 
 def test_statistics_name_what_was_dropped(tmp_path):
