@@ -77,7 +77,8 @@ def contents_of(config: dict) -> dict[str, str]:
 class Data:
     """The files of a stage's dataset, what their bytes are, and what the first pass finds.
 
-    A context, at whose end what that pass laid aside is deleted.
+    A context: at its end what that pass laid aside is deleted, at its start what a killed
+    command's pass did.
 
     Args:
         dataset: a file, folder, pattern or a name on the Hub; a list of them; or a dict of them
@@ -111,6 +112,8 @@ class Data:
         return self._index
 
     def __enter__(self):
+        with cache_lock(self.cache_dir):
+            ScratchFolder.clear_left(self.cache_dir, "reading")
         return self
 
     def __exit__(self, *exception):

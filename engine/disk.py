@@ -48,15 +48,9 @@ def cache_lock(cache: Path) -> WaitingLock:
 
 
 class ScratchFolder:
-    """A folder under the cache that one command uses. clear() deletes it.
-
-    What a killed command left is deleted with the next one: its lock went with it.
-    """
+    """A folder under the cache that one command uses. clear() deletes it."""
 
     def __init__(self, cache: Path, name: str):
-        for folder in cache.glob(f"{name}-*"):
-            with contextlib.suppress(Timeout), lock_in(folder).acquire(timeout=0):
-                shutil.rmtree(folder)
         cache.mkdir(parents=True, exist_ok=True)
         self.path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
         self.lock = lock_in(self.path)
@@ -65,6 +59,13 @@ class ScratchFolder:
     def clear(self):
         self.lock.release()
         shutil.rmtree(self.path, ignore_errors=True)
+
+    @staticmethod
+    def clear_left(cache: Path, name: str):
+        """Delete what killed commands left: their locks went with them."""
+        for folder in cache.glob(f"{name}-*"):
+            with contextlib.suppress(Timeout), lock_in(folder).acquire(timeout=0):
+                shutil.rmtree(folder)
 
 
 def write_whole(path: Path, text: str):

@@ -212,13 +212,12 @@ def test_what_a_killed_command_laid_aside_goes_with_the_next_one(tmp_path):
     left.mkdir()
     (left / ".lock").touch()
     (left / "0").write_bytes(b"items")
-    data = Data(str(folder), Options(cache_dir=tmp_path))
-    data.index(TextRecipe())
-    assert not left.exists()
-    with Data(str(folder), Options(cache_dir=tmp_path)) as other:
-        other.index(TextRecipe())
-        assert len(list(tmp_path.glob("reading-*"))) == 2, "what is in use stays"
-    with data:
+    with Data(str(folder), Options(cache_dir=tmp_path)) as data:
+        assert not left.exists(), "also where the rows are there and nothing is read"
+        data.index(TextRecipe())
+        with Data(str(folder), Options(cache_dir=tmp_path)) as other:
+            other.index(TextRecipe())
+            assert len(list(tmp_path.glob("reading-*"))) == 2, "what is in use stays"
         assert list(tmp_path.glob("reading-*/0"))
     assert not list(tmp_path.glob("reading-*")), "nor does anything stay after the end"
     write_records(folder / "b.jsonl", [3])
