@@ -11,6 +11,7 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import warm
 from hypothesis import settings
 
 from tokenizer import train_tokenizer
@@ -42,6 +43,12 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", rf"error:::{name.replace('.', chr(92) + '.')}\Z")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _end_warm_processes():
+    yield
+    warm.end()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_tokenizer(TEXTS * 10, vocab_size=320)
@@ -71,13 +78,7 @@ def run_script(tmp_path):
     """Run one of the project's scripts as a user does, in a folder of its own."""
 
     def run(script: str, *arguments) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, str(ROOT / script), *map(str, arguments)],
-            cwd=tmp_path,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
-            capture_output=True,
-            encoding="utf-8",
-        )
+        return warm.run([sys.executable, str(ROOT / script), *map(str, arguments)], tmp_path)
 
     return run
 
@@ -87,8 +88,7 @@ def run_python():
     """Run a line of Python with the project's modules, in a process of its own."""
 
     def run(code: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", code]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+        return warm.run([sys.executable, "-c", code], ROOT)
 
     return run
 

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import warm
 from conftest import ROOT
 from tiny import dpo_config, pretrain_config, sft_config
 
@@ -25,15 +26,21 @@ def command_of(stage: str, config: dict, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / SCRIPTS[stage]), "--run_name", "run", *words, *more]
 
 
-def start(command: list[str], folder: Path, **environment) -> subprocess.Popen:
+def start(command: list[str], folder: Path, **environment) -> warm.Process:
     """A process in a group of its own. What it prints goes to the file log."""
+    with open(folder / "log", "wb") as log:
+        return warm.start(command, folder, log, log, **environment)
+
+
+def start_anew(command: list[str], folder: Path, **environment) -> subprocess.Popen:
+    """The same for a launcher, or where a library reads the environment as it is imported."""
     with open(folder / "log", "wb") as log:
         return subprocess.Popen(
             command,
             cwd=folder,
-            env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+            env=os.environ | environment,
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=log,
             start_new_session=True,
         )
 
@@ -42,7 +49,7 @@ def printed(folder: Path) -> str:
     return (folder / "log").read_text(encoding="utf-8", errors="replace")
 
 
-def wait_for(text: str, folder: Path, process: subprocess.Popen, seconds: float = 90):
+def wait_for(text: str, folder: Path, process, seconds: float = 90):
     end = time.monotonic() + seconds
     while text not in printed(folder):
         assert process.poll() is None and time.monotonic() < end, printed(folder)

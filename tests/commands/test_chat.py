@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import warm
 from conftest import ROOT
 from tiny import sft_config
 
@@ -78,35 +79,34 @@ def test_columns_line_up_for_wide_characters():
 
 
 def run_chat(tmp_path, *arguments, typed: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "chat.py"), *arguments]
-    return subprocess.run(command, cwd=tmp_path, input=typed.encode(), capture_output=True)
+    return warm.run([sys.executable, str(ROOT / "chat.py"), *arguments], tmp_path, typed)
 
 
 @pytest.mark.slow
 def test_a_pipe_of_utf8_lines_is_answered_line_by_line(tmp_path, chat_model):
     options = ["--model", chat_model, "--max_new_tokens", "4", "--seed", "1"]
     done = run_chat(tmp_path, *options, typed="你好\n/clear\n\n再见\n/exit\n永不\n")
-    assert done.returncode == 0, done.stderr.decode()
+    assert done.returncode == 0, done.stderr
     one = run_chat(tmp_path, *options, "--prompt", "你好")
-    assert done.stdout.decode().startswith(one.stdout.decode().rstrip("\n"))
+    assert done.stdout.startswith(one.stdout.rstrip("\n"))
 
 
 @pytest.mark.slow
 def test_two_checkpoints_are_compared_side_by_side(tmp_path, chat_model, base_model):
     options = ["--compare", base_model, chat_model, "--max_new_tokens", "4", "--prompt", "天地"]
     done = run_chat(tmp_path, *options)
-    assert done.returncode == 0, done.stderr.decode()
-    assert "> 天地" in done.stdout.decode()
-    assert done.stdout.decode().count("│") >= 2
+    assert done.returncode == 0, done.stderr
+    assert "> 天地" in done.stdout
+    assert done.stdout.count("│") >= 2
 
 
 @pytest.mark.slow
 def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
     done = run_chat(tmp_path, "--prompt", "你好")
     assert done.returncode == 1
-    message = done.stderr.decode().strip().splitlines()[-1]
+    message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("error: No finished run under checkpoints")
-    assert "Traceback" not in done.stderr.decode()
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What happens to a run from outside: signals, dead readers, dead helpers, strange machines.
 
-Each test runs a script as a user does. tests/README.md lists every situation that was tried.
+Each test runs a script as a user does, by tests/warm.py. tests/README.md lists every situation that
+was tried.
 """
 
 import contextlib
@@ -15,8 +16,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+import warm
 from conftest import ROOT
-from scripts import command_of, command_of_all, config_of, printed, run_folder, start, wait_for
+from scripts import (
+    command_of,
+    command_of_all,
+    config_of,
+    printed,
+    run_folder,
+    start,
+    start_anew,
+    wait_for,
+)
 from tiny import logged, pretrain_config, sft_config, weights, write_corpus
 
 from engine.checkpoint import find_damage, list_checkpoints
@@ -30,7 +41,7 @@ LONG |= {"eval_every": 0}
 @pytest.fixture
 def end_all():
     """Processes that are ended with their groups, whatever the test did."""
-    started: list[subprocess.Popen] = []
+    started: list[warm.Process | subprocess.Popen] = []
     yield started
     for process in started:
         with contextlib.suppress(ProcessLookupError):
@@ -98,7 +109,7 @@ def test_a_signal_while_a_compiler_runs_saves(tmp_path, end_all):
     compiler.chmod(0o755)
     config = pretrain_config(tmp_path, **LONG | {"torch_compile": True, "n_layers": 1})
     environment = {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    process = start(command_of("pretrain", config), tmp_path, **environment)
+    process = start_anew(command_of("pretrain", config), tmp_path, **environment)
     end_all.append(process)
     while not (tmp_path / "compiling").exists():
         assert process.poll() is None, printed(tmp_path)
@@ -114,7 +125,7 @@ def test_two_processes_save_and_the_launcher_is_in_the_command_that_resumes(tmp_
     launcher = shutil.which("torchrun", path=str(Path(sys.executable).parent))
     words = ["--nproc_per_node", "2", "--master_port", "29641"]
     command = [launcher, *words, *command_of("pretrain", config)[1:]]
-    process = start(command, tmp_path)
+    process = start_anew(command, tmp_path)
     end_all.append(process)
     wait_for("\nstep 5/", tmp_path, process)
     os.killpg(process.pid, signal.SIGINT)  # and torchrun hands it on
@@ -128,13 +139,11 @@ def test_two_processes_save_and_the_launcher_is_in_the_command_that_resumes(tmp_
 def test_a_run_that_stops_after_a_time_goes_on_with_the_same_command(tmp_path):
     config = pretrain_config(tmp_path, stop_after="0.01s", max_steps=3, eval_every=0, save_every=0)
     for step in (1, 2):
-        with open(tmp_path / "log", "w") as log:
-            done = subprocess.run(command_of("pretrain", config), cwd=tmp_path, stdout=log)
-        assert done.returncode == 0
+        done = warm.run(command_of("pretrain", config), tmp_path)
+        assert done.returncode == 0, done.stderr
         saved = run_folder(tmp_path, "pretrain") / f"step_0000000{step}"
-        assert f"Stopped by stop_after 0.01s; saved {saved}. Resume with: " in printed(tmp_path)
-    done = subprocess.run(command_of("pretrain", config), cwd=tmp_path)
-    assert done.returncode == 0
+        assert f"Stopped by stop_after 0.01s; saved {saved}. Resume with: " in done.stdout
+    assert warm.run(command_of("pretrain", config), tmp_path).returncode == 0
     assert (run_folder(tmp_path, "pretrain") / "final" / "model.safetensors").exists()
 
 
@@ -189,7 +198,7 @@ def test_making_pairs_ends_with_one_line_and_goes_on_where_it_was(tmp_path, end_
     assert "Traceback" not in printed(tmp_path)
     assert printed(tmp_path).splitlines()[-1].startswith("interrupted: SIGTERM; run the same")
     before = pairs.read_bytes()
-    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert warm.run(command, tmp_path).returncode == 0
     assert pairs.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
 
 
@@ -219,12 +228,10 @@ def test_a_console_without_some_characters_prints_question_marks(tmp_path, base_
 
 def test_a_full_disk_under_the_log_ends_no_training(tmp_path):
     config = pretrain_config(tmp_path, max_steps=3)
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            command_of("pretrain", config), cwd=tmp_path, stdout=full, stderr=subprocess.PIPE
-        )
-    assert done.returncode == 0, done.stderr
-    assert b"No space left on device" in done.stderr
+    with open("/dev/full", "w") as full, open(tmp_path / "log", "wb") as log:
+        process = warm.start(command_of("pretrain", config), tmp_path, full, log)
+    assert process.wait(60) == 0, printed(tmp_path)
+    assert "No space left on device" in printed(tmp_path)
 
 
 def test_closed_streams_end_no_training(tmp_path):
@@ -269,7 +276,7 @@ def test_the_samples_are_found_from_another_folder(tmp_path):
     words = ["--max_steps", "1", "--d_model", "32", "--n_heads", "2", "--n_layers", "1"]
     words += ["--num_workers", "0", "--vocab_size", "300", "--tokenizer_megabytes", "1"]
     command = [sys.executable, str(ROOT / "train_llm.py"), *words, "--sample_every", "0"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    done = warm.run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.glob("checkpoints/pretrain/*/final/model.safetensors"))
 
@@ -285,7 +292,7 @@ def test_a_killed_worker_costs_no_step(tmp_path, end_all):
     assert "WARNING: the 2 data workers (num_workers): " in printed(tmp_path)
     final = run_folder(tmp_path, "pretrain") / "final"
     undisturbed = pretrain_config(tmp_path, **config | {"output_dir": str(tmp_path / "other")})
-    assert subprocess.run(command_of("pretrain", undisturbed), cwd=tmp_path).returncode == 0
+    assert warm.run(command_of("pretrain", undisturbed), tmp_path).returncode == 0
     other = tmp_path / "other" / "pretrain" / "run" / "final"
     assert logged(final) == logged(other)
     assert all(bool((w == weights(other)[name]).all()) for name, w in weights(final).items())

@@ -1,12 +1,13 @@
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT
+from scripts import start
 from tiny import (
     after_step,
     assert_same_run,
@@ -79,7 +80,7 @@ def test_a_killed_process_resumes_bit_equal(tmp_path):
     command = [sys.executable, str(ROOT / "train_llm.py"), "--run_name", "run", *words]
     metrics = tmp_path / "checkpoints/pretrain/run/metrics.jsonl"
     for kill_at in (7, 23):
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+        process = start(command, tmp_path)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if metrics.exists() and f'"step": {kill_at},' in metrics.read_text():
@@ -87,7 +88,7 @@ def test_a_killed_process_resumes_bit_equal(tmp_path):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    finished = warm.run(command, tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "Resuming" in finished.stdout
     assert_same_run(str(metrics.parent / "final"), straight)
@@ -263,7 +264,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_command_line_prints_one_line_for_bad_input_and_exits_with_1(tmp_path):
     command = [sys.executable, str(ROOT / "train_llm.py"), "--batch_siz", "3"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = warm.run(command, tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: wandb_config: unknown key")
     assert "Traceback" not in done.stderr
