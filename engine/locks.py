@@ -9,7 +9,6 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 # What flock answers on NFS without a lock service, on Lustre, and on some network drives.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-SECONDS = 10.0  # of silence before a waiting process says what it waits for
 
 
 def lock_in(folder: Path, **options) -> BaseFileLock:
@@ -50,14 +49,15 @@ def describe_lock(lock: BaseFileLock) -> str:
 
 
 class WaitingLock:
-    """A lock that says what it waits for, when it has waited for some seconds."""
+    """A lock that says what it waits for, when it has waited for so many `seconds`."""
 
-    def __init__(self, lock: BaseFileLock, what: str):
-        self.lock, self.what, self.acquire = lock, what, lock.acquire
+    def __init__(self, lock: BaseFileLock, what: str, seconds: float = 10.0):
+        self.lock, self.what, self.seconds = lock, what, seconds
+        self.acquire = lock.acquire
 
     def __enter__(self) -> BaseFileLock:
         try:
-            self.lock.acquire(timeout=SECONDS)
+            self.lock.acquire(timeout=self.seconds)
         except Timeout:
             print(f"Waiting for {self.what}: {describe_lock(self.lock)}.", flush=True)
             self.lock.acquire()

@@ -12,19 +12,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TIMES = 20  # of the median step
-AT_LEAST = 5.0  # seconds; a shorter pause is the machine's
 KNOWN = 5  # steps, until a median is one
 
 
 class Watchdog:
     """A context that watches the steps of a loop from a thread of its own.
 
-    folder: where the stacks of all threads are written. say: prints.
+    folder: where the stacks of all threads are written. say: prints. at_least: seconds; a shorter
+    silence is the machine's.
     """
 
-    def __init__(self, folder: Path, rank: int, say: Callable[[str], None]):
+    def __init__(self, folder: Path, rank: int, say: Callable[[str], None], at_least: float = 5.0):
         self.path = folder / ("stack.txt" if rank == 0 else f"stack_{rank}.txt")
-        self.say, self.main = say, threading.get_ident()
+        self.say, self.at_least, self.main = say, at_least, threading.get_ident()
         self.seconds: deque[float] = deque(maxlen=100)  # of the last steps
         self.since, self.pauses, self.ended = time.monotonic(), 0, threading.Event()
 
@@ -52,15 +52,15 @@ class Watchdog:
 
     def _watch(self):
         looked = time.monotonic()
-        while not self.ended.wait(1.0):
+        while not self.ended.wait(self.at_least / 5):
             before, looked = looked, time.monotonic()
-            if looked - before > AT_LEAST:  # this process itself was stopped (Ctrl-Z)
+            if looked - before > self.at_least:  # this process itself was stopped (Ctrl-Z)
                 self.since = looked
             waited, times = looked - self.since, list(self.seconds)
             if self.pauses or len(times) < KNOWN:
                 continue
             median = statistics.median(times)
-            if waited > max(TIMES * median, AT_LEAST):
+            if waited > max(TIMES * median, self.at_least):
                 self._report(waited, median)
                 return
 

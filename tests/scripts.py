@@ -27,8 +27,8 @@ def command_of(stage: str, config: dict, *more: str) -> list[str]:
 
 
 def start(command: list[str], folder: Path, **environment) -> warm.Process:
-    """A process in a group of its own. What it prints goes to the file log."""
-    with open(folder / "log", "wb") as log:
+    """A process in a group of its own. What it prints goes behind the file log."""
+    with open(folder / "log", "ab") as log:
         return warm.start(command, folder, log, log, **environment)
 
 

@@ -2,14 +2,10 @@
 
 import errno
 import fcntl
-import os
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from conftest import ROOT
 from filelock import FileLock, SoftFileLock, Timeout
 
 from engine.locks import WaitingLock, describe_lock, has_locks, lock_in
@@ -61,12 +57,12 @@ def test_who_waits_says_what_for(tmp_path, capsys):
     taken = []
 
     def wait():
-        with WaitingLock(lock_in(tmp_path), "another run"):
+        with WaitingLock(lock_in(tmp_path), "another run", seconds=1):
             taken.append(True)
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    time.sleep(11)
+    time.sleep(2)
     assert taken == []
     held.release()
     waiting.join()
@@ -85,16 +81,8 @@ fcntl.flock = flock
 
 
 @pytest.mark.slow
-def test_data_are_prepared_on_a_file_system_without_locks(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(NO_LOCKS)
+def test_data_are_prepared_on_a_file_system_without_locks(tmp_path, run_python):
     code = f"from train_data import prepare_data; prepare_data(cache_dir={str(tmp_path / 'c')!r})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-    )
+    done = run_python(NO_LOCKS + code)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "c").rglob(".softlock"))

@@ -2,9 +2,8 @@
 
 import gc
 import json
-import os
 import shutil
-import subprocess
+import socket
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from ranks import FUNCTIONS
+from scripts import printed, start
 from tiny import EXACT, crash_after, dpo_config, pretrain_config, sft_config, weights
 
 import train_llm
@@ -33,18 +33,21 @@ def run_alone(stage: str, run_name: str, config: dict) -> Path:
     return Path(train(run_name=run_name, wandb_config=step_of_8(config, ranks=1))).parent
 
 
-def run_on_two_ranks(jobs: list, folder: Path):
-    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "tests/ranks.py")]
-    done = subprocess.run(
-        [sys.executable, *words, json.dumps(jobs)],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,  # ranks that wait for each other would do so for ever
-    )
-    assert done.returncode == 0, done.stderr[-9000:]
-    return done.stdout
+def run_on_two_ranks(jobs: list, folder: Path) -> str:
+    """What the ranks print. They are told of each other as torchrun tells them."""
+    command = [sys.executable, str(ROOT / "tests/ranks.py"), json.dumps(jobs)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [start(command, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    try:
+        codes = [rank.wait(600) for rank in ranks]  # those that wait for each other never end
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert codes == [0, 0], printed(folder)[-9000:]
+    return printed(folder)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +84,11 @@ def runs(tmp_path_factory, base_model, muon_in_fp32) -> dict[tuple, tuple[Path, 
             words.append([stage, name, step_of_8(config, ranks=2) | output, mode == "shards"])
         handed_on = step_of_8(jobs["handed on"][1], ranks=1) | output
         cut_off(handed_on, runs["handed on", mode][1], steps=5)
-    printed = run_on_two_ranks(words, folder)
-    assert printed.count("Finished: ") == len(words)  # rank 0 alone speaks
+    told = run_on_two_ranks(words, folder)
+    assert told.count("Finished: ") == len(words)  # rank 0 alone speaks
     # Samples fail at rank 1 alone, by tests/ranks.py. It says so, and the ranks stay together.
-    assert printed.count("rank 1: WARNING: samples: OutOfMemoryError: of one ") == len(words)
-    assert printed.count("at step 3.") == 2
+    assert told.count("rank 1: WARNING: samples: OutOfMemoryError: of one ") == len(words)
+    assert told.count("at step 3.") == 2
     return runs
 
 

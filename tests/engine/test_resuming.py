@@ -4,12 +4,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT
+from scripts import printed, start, wait_for
 from tiny import cpu_runtime
 
 from engine.resuming import FREE_KEYS, as_words, changed_keys, is_same
@@ -126,13 +128,13 @@ def test_of_unfinished_runs_one_of_the_same_bytes_is_spoken_of_in_one_line(tmp_p
     def known(hash_: str):
         return lambda config: {"dataset": hash_}
 
-    def start(name: str, hash_: str, **changes):
+    def begin(name: str, hash_: str, **changes):
         folder = open_run("sft", name, config_in(tmp_path, **changes), ALONE, known(hash_)).folder
         (folder / "step_00000001").mkdir()
         return folder
 
-    first = start("first", "1", dataset="a")
-    newer = start("newer", "2", dataset="b")
+    first = begin("first", "1", dataset="a")
+    newer = begin("newer", "2", dataset="b")
     capsys.readouterr()
     open_run("sft", None, config_in(tmp_path, dataset="c", lr=2), ALONE, known("1"))
     [line] = capsys.readouterr().out.splitlines()
@@ -185,42 +187,37 @@ def test_any_other_name_is_a_folder(tmp_path, name):
     assert open_run("sft", name, config_in(tmp_path), ALONE).folder == tmp_path / "sft" / name
 
 
-OPEN = """
+OPEN = f"""
 import sys, time, torch
+sys.path.insert(0, {str(ROOT)!r})
 from engine.runs import open_run
 from engine.runtime import make_runtime
-config = {"output_dir": sys.argv[1], "resume": "auto", "keep_checkpoints": 2, "lr": sys.argv[2]}
+config = dict(output_dir=sys.argv[1], resume="auto", keep_checkpoints=2, lr=sys.argv[2])
 time.sleep(max(0.0, float(sys.argv[3]) - time.time()))
 run = open_run("sft", None, config, make_runtime(None, torch.device("cpu")))
-print(run.folder, flush=True)
-sys.stdin.read()
+print("in", run.folder, flush=True)
+time.sleep(600)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rates", ["1234", "1111"])
 def test_four_runs_that_start_at_once_have_four_folders(tmp_path, rates):
-    import time
-
-    start = str(time.time() + 25)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", OPEN, str(tmp_path), rate, start],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-        )
-        for rate in rates
-    ]
-    lines = []
+    warm.run([sys.executable, "-c", ""], tmp_path)  # the first start imports everything
+    at_once = str(time.time() + 2)
+    script = tmp_path / "open.py"
+    script.write_text(OPEN)
+    folders = [tmp_path / str(number) for number in range(4)]
+    processes = []
+    for folder, rate in zip(folders, rates, strict=True):
+        folder.mkdir()
+        processes.append(start([sys.executable, script, tmp_path, rate, at_once], folder))
+    for folder, process in zip(folders, processes, strict=True):
+        wait_for(f"in {tmp_path}/sft/", folder, process)
     for process in processes:
-        while "/sft/" not in (line := process.stdout.readline()) or " " in line.strip():
-            assert line, "it ended without a folder"
-        lines.append(line)
-    for process in processes:
-        process.communicate()
-    assert len(set(lines)) == 4
+        process.kill()
+    chosen = [re.search("^in (.*)", printed(folder), re.MULTILINE)[1] for folder in folders]
+    assert len(set(chosen)) == 4
 
 
 # --- its lock, and its date -------------------------------------------------------------------

@@ -3,12 +3,11 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT
+from scripts import printed, start, wait_for
 
 from engine.watchdog import Watchdog
 
@@ -20,14 +19,14 @@ def wait_for_the_slow_part(seconds: float):
 @pytest.mark.slow
 def test_a_step_of_many_medians_says_where_it_waits_once(tmp_path):
     said = []
-    with Watchdog(tmp_path, 0, said.append) as watchdog:
+    with Watchdog(tmp_path, 0, said.append, at_least=2) as watchdog:
         for _ in range(10):
             time.sleep(0.02)
             watchdog.step()
         assert said == []
-        wait_for_the_slow_part(8.0)
+        wait_for_the_slow_part(3.5)
         watchdog.step()
-        wait_for_the_slow_part(8.0)
+        wait_for_the_slow_part(3.5)
     [line] = said
     assert line.startswith("WARNING: this step has taken ")
     assert re.search(r"It waits in .*test_watchdog\.py, line \d+; the stacks", line)
@@ -38,12 +37,12 @@ def test_a_step_of_many_medians_says_where_it_waits_once(tmp_path):
 @pytest.mark.slow
 def test_a_validation_is_no_step_and_neither_is_the_first_one(tmp_path):
     said = []
-    with Watchdog(tmp_path, 1, said.append) as watchdog:
-        time.sleep(6.5)
+    with Watchdog(tmp_path, 1, said.append, at_least=2) as watchdog:
+        time.sleep(3)
         for _ in range(10):
             watchdog.step()
         watchdog.pause()
-        time.sleep(6.5)
+        time.sleep(3)
         watchdog.go_on()
         watchdog.step()
     assert said == []
@@ -53,10 +52,10 @@ def test_a_validation_is_no_step_and_neither_is_the_first_one(tmp_path):
 @pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_and_no_error(tmp_path):
     said = []
-    with Watchdog(tmp_path / "gone", 1, said.append) as watchdog:
+    with Watchdog(tmp_path / "gone", 1, said.append, at_least=1) as watchdog:
         for _ in range(10):
             watchdog.step()
-        time.sleep(7)
+        time.sleep(2.5)
     assert "stack_1.txt cannot be written" in said[0]
 
 
@@ -64,7 +63,7 @@ STEPS = """
 import sys, time
 from pathlib import Path
 from engine.watchdog import Watchdog
-with Watchdog(Path(sys.argv[1]), 0, print) as watchdog:
+with Watchdog(Path(sys.argv[1]), 0, print, at_least=2) as watchdog:
     for number in range(90):
         time.sleep(0.05)
         watchdog.step()
@@ -75,12 +74,10 @@ with Watchdog(Path(sys.argv[1]), 0, print) as watchdog:
 
 @pytest.mark.slow
 def test_a_process_that_was_itself_stopped_was_not_silent(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", STEPS, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
-    )
-    assert process.stdout.readline() == b"here\n"
+    process = start([sys.executable, "-c", STEPS, str(tmp_path)], tmp_path)
+    wait_for("here\n", tmp_path, process)
     os.kill(process.pid, signal.SIGSTOP)  # as Ctrl-Z does
-    time.sleep(7)
+    time.sleep(4)
     os.kill(process.pid, signal.SIGCONT)
-    assert process.communicate(timeout=60)[0] == b""
-    assert process.returncode == 0
+    assert process.wait(60) == 0
+    assert printed(tmp_path) == "here\n"
