@@ -7,6 +7,7 @@ import time
 
 import pytest
 from filelock import FileLock, SoftFileLock, Timeout
+from tiny import write_corpus
 
 from engine.locks import WaitingLock, describe_lock, has_locks, lock_in
 
@@ -82,7 +83,9 @@ fcntl.flock = flock
 
 @pytest.mark.slow
 def test_data_are_prepared_on_a_file_system_without_locks(tmp_path, run_python):
-    code = f"from train_data import prepare_data; prepare_data(cache_dir={str(tmp_path / 'c')!r})"
+    data = [None, write_corpus(tmp_path, 100), 64, 300]
+    code = "from train_data import prepare_data\n"
+    code += f"prepare_data(*{data!r}, cache_dir={str(tmp_path / 'c')!r})"
     done = run_python(NO_LOCKS + code)
     assert done.returncode == 0, done.stderr
     assert not list((tmp_path / "c").rglob(".softlock"))
