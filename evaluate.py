@@ -15,15 +15,8 @@ import numpy as np
 import torch
 
 from corpus.documents import iter_documents
-from corpus.exam import (
-    EXAMPLES,
-    LETTERS,
-    Question,
-    opening,
-    read_questions,
-    render_question,
-    render_words,
-)
+from corpus.exam import EXAMPLES, LETTERS, Question, read_questions
+from corpus.exam_prompts import wording_of
 from engine.command import as_command
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
@@ -128,6 +121,8 @@ def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_
     each question `shots` of its subject are shown solved: those of its dev split, else the first
     of the subject. They are not scored.
     """
+    wording = wording_of(questions)
+    print(f"The words of the prompt are those of {wording.name}.", flush=True)
     by_subject = defaultdict(list)
     for question in questions:
         by_subject[question.subject].append(question)
@@ -137,9 +132,11 @@ def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_
         examples, asked = examples_of(group, shots)
         for question in asked:
             texts = question.options if by_text else LETTERS[: len(question.options)]
-            encoded = encode_plain(tokenizer, list(texts))
+            encoded = encode_plain(tokenizer, [wording.before_letter + text for text in texts])
             room = max_length - max(map(len, encoded))
-            context = fit_examples(tokenizer, examples, question, by_text, room, shortened)
+            render = wording.worded if by_text else wording.lettered
+            opening = "" if by_text else wording.opening(question)
+            context = fit_examples(tokenizer, opening, render, examples, question, room, shortened)
             for option in encoded:
                 ids = (context + option)[-max_length:]
                 windows.append((ids, max(1, len(ids) - len(option))))
@@ -174,12 +171,15 @@ def examples_of(group: list[Question], shots: int) -> tuple[list[Question], list
     return group[:shots], group[shots:]
 
 
-def fit_examples(tokenizer, examples, question, by_text: bool, room: int, shortened) -> list[int]:
-    """Ids of a prompt with as many examples as fit into `room` tokens. Counts what did not."""
-    render = render_words if by_text else render_question
-    start = "" if by_text else opening(question)
+def fit_examples(
+    tokenizer, opening: str, render, examples, question, room: int, shortened
+) -> list[int]:
+    """Ids of a prompt with as many examples as fit into `room` tokens. Counts what did not.
+
+    render: (question, whether with its answer) -> text.
+    """
     for shown in range(len(examples), -1, -1):
-        prompt = start + "".join(render(example, True) for example in examples[:shown])
+        prompt = opening + "".join(render(example, True) for example in examples[:shown])
         ids = encode_plain(tokenizer, [prompt + render(question, False)])[0]
         if len(ids) <= room:
             break

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: finding them in published layouts, reading them, wording a prompt.
+"""Multiple-choice questions: finding them in published layouts, and reading them.
 
 C-Eval, CMMLU and MMLU publish a file for each subject and split, and the path alone says which:
 
@@ -9,15 +9,17 @@ C-Eval, CMMLU and MMLU publish a file for each subject and split, and the path a
 import csv
 import io
 import re
+import string
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
-from corpus.ceval import SUBJECTS
 from corpus.folders import is_no_data, say_once
 from corpus.readers import find_files, format_of, input_error, iter_records, read_text
 
-LETTERS = "ABCDEFGH"
+LETTERS = [*string.ascii_uppercase]
 # A split's names. Solved examples are taken from the first; the others are scored, the last one
 # that has answers: C-Eval keeps those of its test split to itself.
 SPLITS = {"dev": "dev", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -38,27 +40,39 @@ def read_questions(path: str) -> list[Question]:
     """The questions to score, and those of dev, which are shown solved before them.
 
     Files are CSV as C-Eval's and CMMLU's (question, A, B, C, D, answer) or records of the same
-    keys. Records may also have `options` or `choices`, a list, and `answer` as a letter or an
-    index. Subject and split are columns of these names, else told by the path. What is left out is
-    printed.
+    keys. Records may also have `options` or `choices`, a list, and `answer` (ARC's `answerKey`) as
+    a letter or an index. Subject and split are columns of these names, else told by the path. A
+    question without words or without an answer is left out. What is left out is printed.
 
     Raises:
         ValueError: naming file and line.
     """
     root = Path(path).expanduser()
     questions: list[Question] = []
-    unanswered: dict[str, int] = {}
+    read: Counter = Counter()
+    unanswered: Counter = Counter()
+    keys: list[str] = []
     for file in [root] if root.suffix == ".csv" else _question_files(root):
         subject, split = subject_and_split(file, root)
-        records = list(_iter_csv(file) if file.suffix == ".csv" else iter_records(file))
-        if split and not any(_has_answer(record) for _, record in records):
-            unanswered[split] = unanswered.get(split, 0) + len(records)
-            continue
-        questions += [_parse_question(r, subject, split, file, line) for line, r in records]
+        for line, record in _iter_csv(file) if file.suffix == ".csv" else iter_records(file):
+            read[split] += 1
+            if _can_be_scored(record, file, line):
+                questions.append(_parse_question(record, subject, split, file, line))
+            else:
+                unanswered[split] += 1
+                keys = keys or [*record]
     for split, count in unanswered.items():
-        print(f"{path}: {split} has no answers: its {count:,} questions are left out.", flush=True)
+        of = f" of {split}" if split else ""
+        print(
+            f"{path}: {count:,} of the {read[split]:,} questions{of} have no answer and are left "
+            "out.",
+            flush=True,
+        )
     if not questions:
-        raise ValueError(f"{path}: no questions; expected rows of question, A, B, … and answer.")
+        found = f"; found {', '.join(keys)}" if keys else ""
+        raise ValueError(
+            f"{path}: no questions; expected rows of question, A, B, … and answer{found}."
+        )
     return _one_split(questions, path)
 
 
@@ -107,66 +121,69 @@ def _iter_csv(path: Path) -> Iterator[tuple[int, dict]]:
     names: list[str] = []
     for values in reader:
         if not names:
-            names = [value.strip().lower() for value in values]
-            if "question" in names or len(values) < 4 or values[-1].strip() not in [*LETTERS]:
+            names = [value.strip() for value in values]
+            has_names = "question" in [name.lower() for name in names]
+            if has_names or len(values) < 4 or values[-1].strip() not in LETTERS:
                 continue
-            names = ["question", *LETTERS.lower()[: len(values) - 2], "answer"]
+            names = ["question", *LETTERS[: len(values) - 2], "answer"]
         if values:
             yield reader.line_num, dict(zip(names, values, strict=False))
 
 
-def _has_answer(record) -> bool:
-    if not isinstance(record, dict):
-        return True  # it is broken, which is said with its line
-    answers = [value for key, value in record.items() if str(key).lower() == "answer"]
-    return any(answer not in (None, "", -1) for answer in answers)
+def _is_missing(value) -> bool:
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-def _parse_question(record, subject: str, split: str, path: Path, line: int) -> Question:
+def _lowered(record: dict) -> dict:
+    return {str(key).lower(): value for key, value in record.items()}
+
+
+def _answer_of(record: dict):
+    return record.get("answer", record.get("answerkey"))
+
+
+def _can_be_scored(record, path: Path, line: int) -> bool:
     if not isinstance(record, dict):
         kind = type(record).__name__
         raise input_error(path, line, f"a question must be an object, found {kind}.")
-    record = {str(key).lower(): value for key, value in record.items()}
-    options = _options_of(record)
-    answer = record.get("answer")
-    if isinstance(answer, str) and answer.strip().upper() in LETTERS:
-        answer = LETTERS.index(answer.strip().upper()) if answer.strip() else None
-    valid = isinstance(answer, int) and 0 <= answer < len(options)
-    if "question" not in record or len(options) < 2 or not valid:
+    record = _lowered(record)
+    answer, text = _answer_of(record), record.get("question", "none")
+    return not _is_missing(answer) and answer != -1 and not _is_missing(text)
+
+
+def _parse_question(record: dict, subject: str, split: str, path: Path, line: int) -> Question:
+    record = _lowered(record)
+    letters, options = _options_of(record)
+    answer = _place_of(_answer_of(record), letters)
+    there = [number for number, option in enumerate(options) if not _is_missing(option)]
+    is_whole = answer in there and 2 <= len(there) <= len(LETTERS)
+    if "question" not in record or not is_whole:
         problem = f"expected question, A, B, … (or options) and answer; found {record}"
         raise input_error(path, line, problem[:300] + ".")
     name = str(record.get("subject") or subject)
     split = SPLITS.get(str(record.get("split")).lower(), split)
-    return Question(name, str(record["question"]), list(map(str, options)), answer, split)
+    texts = [str(options[number]) for number in there]
+    return Question(name, str(record["question"]), texts, there.index(answer), split)
 
 
-def _options_of(record: dict) -> list:
+def _place_of(answer, letters: list[str]) -> int:
+    """Which option an answer names, by its letter or its index; -1: none."""
+    if isinstance(answer, str):
+        letter = answer.strip().upper()
+        return letters.index(letter) if letter in letters else -1
+    is_index = isinstance(answer, int | float) and not isinstance(answer, bool)
+    return int(answer) if is_index and answer == int(answer) else -1
+
+
+def _options_of(record: dict) -> tuple[list[str], list]:
+    """(letters, options). Options may be missing."""
     options = record.get("options", record.get("choices"))
     if isinstance(options, dict):  # ARC's {"text": […], "label": […]}, or {"A": …, "B": …}
-        options = options.get("text") or [options[key] for key in sorted(options)]
+        if "text" in options:
+            return list(map(str, options.get("label", LETTERS))), list(options["text"])
+        letters = sorted(options)
+        return letters, [options[letter] for letter in letters]
     if options is None:
-        letters = [letter for letter in LETTERS.lower() if record.get(letter) not in (None, "")]
-        options = [record[letter] for letter in letters]
-    return options if isinstance(options, list) else []
-
-
-def opening(question: Question) -> str:
-    """The first line of C-Eval's own prompt, for questions whose path tells subject and split."""
-    if not question.split or question.subject in SPLITS:
-        return ""
-    subject = SUBJECTS.get(question.subject, question.subject)
-    return f"以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n"
-
-
-def render_question(question: Question, with_answer: bool) -> str:
-    """A question and its options by letter, as C-Eval's own prompt has them."""
-    lines = [question.text]
-    lines += [f"{letter}. {text}" for letter, text in zip(LETTERS, question.options, strict=False)]
-    lines.append("答案：" + (LETTERS[question.answer] + "\n\n" if with_answer else ""))
-    return "\n".join(lines)
-
-
-def render_words(question: Question, with_answer: bool) -> str:
-    """A question without its options: the answer is the words of one."""
-    answer = question.options[question.answer] + "\n\n" if with_answer else ""
-    return f"{question.text}\n答案：{answer}"
+        names = [letter.lower() for letter in LETTERS]
+        options = [record[name] for name in takewhile(record.__contains__, names)]
+    return LETTERS, options if isinstance(options, list) else []

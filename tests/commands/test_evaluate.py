@@ -10,7 +10,8 @@ from tiny import sentences, tiny_model
 from transformers import AutoModelForCausalLM
 
 import evaluate
-from corpus.exam import Question, opening, read_questions, render_question
+from corpus.exam import Question, read_questions
+from corpus.exam_prompts import CEVAL
 from engine.model_folder import fast_inference, open_model_folder
 from evaluate import (
     bits_per_byte,
@@ -98,10 +99,10 @@ def test_csv_and_json_questions_are_read_the_same(tmp_path):
     assert [q.answer for q in questions] == [1, 3]
     assert read_questions(str(tmp_path / "q.jsonl")) == questions[:1]
     assert read_questions(str(tmp_path)) == questions, "a folder of CSV files"
-    assert render_question(questions[0], True).endswith("D. 宇\n答案：B\n\n")
+    assert CEVAL.lettered(questions[0], True).endswith("D. 宇\n答案：B\n\n")
 
 
-@pytest.mark.parametrize("answer", ["E", "", 4])
+@pytest.mark.parametrize("answer", ["E", "AB", 4])
 def test_a_bad_question_names_file_and_line(tmp_path, answer):
     (tmp_path / "q.csv").write_text(QUESTIONS + f"2,玄？,a,b,c,d,{answer}\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"q\.csv:4: expected question, A, B, … \(or options\)"):
@@ -131,6 +132,16 @@ def test_accuracy_counts_the_likeliest_option_per_subject(tokenizer):
     assert scores["all"]["chance"] == 0.5
     assert len(lines) == 4
     assert "95 %" in lines[0]
+
+
+def test_options_of_ten_letters_are_scored_by_themselves(tokenizer):
+    """MMLU-Pro has ten. Those of one question are not taken for those of the next."""
+    [[b]] = encode_plain(tokenizer, ["B"])
+    ten = [str(number) for number in range(10)]
+    questions = [Question("x", "问", ten, answer) for answer in (1, 9)]
+    questions += [Question("x", "问", ["一", "二"], 1)]
+    rights = multiple_choice(model_that_says(b), tokenizer, questions, 0, False, 256)
+    assert rights["x"]["summed"] == [True, False, True]
 
 
 def test_shots_are_shown_solved_and_not_scored(tokenizer):
@@ -174,11 +185,11 @@ def test_examples_that_do_not_fit_into_the_context_go_whole_and_are_counted(toke
     questions = [Question("x", f"例{i}？", ["甲", "乙"], 1, "dev") for i in range(5)]
     questions += [Question("x", "问？", ["甲", "乙"], 0, "val")]
     one, two = (
-        len(encode_plain(tokenizer, ["".join(render_question(q, True) for q in questions[:n])])[0])
+        len(encode_plain(tokenizer, ["".join(CEVAL.lettered(q, True) for q in questions[:n])])[0])
         for n in (1, 2)
     )
-    size = len(encode_plain(tokenizer, [render_question(questions[-1], False)])[0]) + 1
-    header = len(encode_plain(tokenizer, [opening(questions[0])])[0])
+    size = len(encode_plain(tokenizer, [CEVAL.lettered(questions[-1], False)])[0]) + 1
+    header = len(encode_plain(tokenizer, [CEVAL.opening(questions[0])])[0])
     multiple_choice(model, tokenizer, questions, 5, False, header + size + (one + two) // 2)
     assert tokenizer.decode(seen[0]).count("例") == 1
     assert tokenizer.decode(seen[0]).startswith("以下是")

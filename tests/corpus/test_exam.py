@@ -1,12 +1,14 @@
 """Multiple-choice questions in the layouts that are published, and what is said of them."""
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corpus.exam import Question, opening, read_questions, render_question, subject_and_split
+from corpus.exam import Question, read_questions, subject_and_split
+from corpus.exam_prompts import CEVAL, CMMLU, MMLU, wording_of
 
 HEAD = "id,question,A,B,C,D,answer\n"
 ROW = "{n},第{n}题？,甲,乙,丙,丁,{answer}\n"
@@ -51,7 +53,7 @@ def test_cevals_folders_give_val_to_score_and_dev_to_show_and_say_so_of_test(tmp
         (subject, split): n for subject in ("law", "logic") for split, n in (("dev", 1), ("val", 3))
     }
     printed = capsys.readouterr().out
-    assert "test has no answers: its 4 questions are left out." in printed
+    assert "4 of the 4 questions of test have no answer and are left out." in printed
     assert "val is scored, dev has the solved examples." in printed
 
 
@@ -74,7 +76,7 @@ def test_the_same_questions_as_parquet_of_a_folder_for_each_subject(tmp_path, na
             pq.write_table(pa.Table.from_pylist([record | {"answer": answer}] * 2), path)
     found = counted(read_questions(str(tmp_path)))
     assert found == {(s, split): 2 for s in ("law", "logic") for split in ("dev", "val")}
-    assert "test has no answers: its 4 questions" in capsys.readouterr().out
+    assert "4 of the 4 questions of test have no answer" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -108,15 +110,85 @@ def test_options_may_be_an_object_of_letters_or_arcs_texts(tmp_path):
     assert [(q.options, q.answer) for q in questions] == [(["甲", "乙"], 1), (["甲", "乙"], 0)]
 
 
-def test_a_single_missing_answer_among_others_is_still_an_error_of_its_line(tmp_path):
-    put(tmp_path / "val/law_val.csv", rows("AB") + "2,问？,甲,乙,丙,丁,\n")
-    with pytest.raises(ValueError, match=r"law_val\.csv:4: expected question, A, B"):
-        read_questions(str(tmp_path))
+def test_arcs_own_key_of_the_answer_is_known_by_its_labels(tmp_path):
+    choices = {"text": ["甲", "乙"], "label": ["1", "2"]}
+    put(tmp_path / "q.jsonl", json.dumps({"question": "问", "choices": choices, "answerKey": "2"}))
+    assert [q.answer for q in read_questions(str(tmp_path / "q.jsonl"))] == [1]
 
 
-def test_the_prompt_is_cevals_own():
-    question = Question("college_physics", "光速？", ["快", "慢"], 0, "val")
-    assert opening(question) == "以下是中国关于大学物理考试的单项选择题，请选出其中的正确答案。\n\n"
-    assert render_question(question, False) == "光速？\nA. 快\nB. 慢\n答案："
-    assert render_question(question, True).endswith("答案：A\n\n")
-    assert opening(Question("law", "问", ["一", "二"], 0)) == "", "the path told no split"
+def test_an_option_without_words_moves_no_answer_to_another(tmp_path):
+    put(tmp_path / "q.csv", "question,A,B,C,D,E,answer\n问？,甲,乙,,丁,戊,D\n")
+    listed = {"question": "问？", "options": ["甲", None, "丙"], "answer": 2.0}
+    put(tmp_path / "q.jsonl", json.dumps(listed))
+    [question] = read_questions(str(tmp_path / "q.csv"))
+    assert (question.options, question.answer) == (["甲", "乙", "丁", "戊"], 2)
+    [question] = read_questions(str(tmp_path / "q.jsonl"))
+    assert (question.options, question.answer) == (["甲", "丙"], 1)
+
+
+@pytest.mark.parametrize("answer", ["AB", "甲", "A,B", 7, True, 0.5])
+def test_an_answer_that_names_no_option_is_an_error_of_its_line(tmp_path, answer):
+    """Two letters, as of a question with several answers, are not the first of them."""
+    record = {"question": "问？", "A": "甲", "B": "乙", "C": "丙", "answer": answer}
+    put(tmp_path / "q.jsonl", json.dumps(record))
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: expected question, A, B, … \(or options\)"):
+        read_questions(str(tmp_path / "q.jsonl"))
+
+
+@pytest.mark.parametrize("missing", [None, "", " ", float("nan"), -1])
+@pytest.mark.parametrize("key", ["answer", "question"])
+def test_a_question_without_an_answer_or_words_is_counted_and_left_out(
+    tmp_path, capsys, missing, key
+):
+    record = {"question": "问？", "A": "甲", "B": "乙", "answer": "B"}
+    broken = record | {key: missing if key == "answer" or missing != -1 else None}
+    put(tmp_path / "val/law_val.jsonl", f"{json.dumps(record)}\n{json.dumps(broken)}\n")
+    assert len(read_questions(str(tmp_path))) == 1
+    printed = capsys.readouterr().out
+    assert "1 of the 2 questions of val have no answer and are left out." in printed
+
+
+def test_without_a_single_answer_the_keys_that_are_there_are_named(tmp_path):
+    put(tmp_path / "q.jsonl", '{"question": "问？", "A": "甲", "B": "乙", "gold": "B"}\n')
+    with pytest.raises(ValueError, match=r"no questions; .* answer; found question, A, B, gold\."):
+        read_questions(str(tmp_path / "q.jsonl"))
+
+
+# --- the exams' own prompts ---------------------------------------------------------------------
+
+
+def asked(subject: str, text: str = "光速？", split: str = "val") -> Question:
+    return Question(subject, text, ["快", "慢"], 0, split)
+
+
+def test_each_exam_is_asked_with_its_own_words():
+    question = asked("college_physics")
+    first = "以下是中国关于大学物理考试的单项选择题，请选出其中的正确答案。\n\n"
+    assert CEVAL.opening(question) == first
+    assert CEVAL.lettered(question, False) == "光速？\nA. 快\nB. 慢\n答案："
+    assert CEVAL.lettered(question, True).endswith("\n答案：A\n\n")
+    question = asked("agronomy")
+    first = "以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n"
+    assert CMMLU.opening(question) == first
+    assert CMMLU.lettered(question, True) == "题目：光速？\nA. 快\nB. 慢\n答案是：A\n\n"
+    assert CMMLU.worded(question, False) == "题目：光速？\n答案是："
+    question = asked("abstract_algebra", "1?")
+    first = (
+        "The following are multiple choice questions (with answers) about  abstract algebra.\n\n"
+    )
+    assert MMLU.opening(question) == first
+    assert MMLU.lettered(question, True) == "1?\nA. 快\nB. 慢\nAnswer: A\n\n"
+    assert MMLU.lettered(question, False).endswith("\nAnswer:")
+
+
+def test_no_opening_where_the_path_tells_no_split_or_no_subject():
+    assert CEVAL.opening(asked("law", split="")) == ""
+    assert CEVAL.opening(asked("val")) == ""
+
+
+def test_an_exam_is_known_by_its_subjects_and_its_language():
+    shared = ["high_school_biology", "sports_science"]  # all Chinese exams have them
+    assert wording_of([*map(asked, shared), asked("law")]) is CEVAL
+    assert wording_of([*map(asked, shared), asked("agronomy")]) is CMMLU
+    assert wording_of([asked("my_own_exam")]) is CEVAL
+    assert wording_of([asked("anatomy", "What is 1?"), asked("virology", "And 2?")]) is MMLU
