@@ -28,12 +28,13 @@ from corpus.make_pairs import make_pairs
 from corpus.packing import best_fit, row_types
 from corpus.preparation import Parts
 from corpus.records import to_pairs
+from corpus.transcripts import WHOLE_TALKS, holds_transcript
 from engine.command import as_command
 from engine.runs import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"
-CACHE_VERSION = 6  # raise it when the rows made from the same pairs change
+CACHE_VERSION = 7  # raise it when the rows made from the same pairs change
 PARTS = ("prompt", "chosen", "rejected")
 
 
@@ -99,6 +100,8 @@ class PairRecipe:
         counts: Counter = Counter()
         pairs = to_pairs(record, counts)
         reasons = [_useless(pair) for pair in pairs]
+        if talks := sum(_whole_talks(*pair) for pair in pairs):
+            counts[WHOLE_TALKS] += talks
         if reasons == [""] and not counts:  # as nearly all are
             return pairs[0]
         usable = [pair for pair, reason in zip(pairs, reasons, strict=True) if not reason]
@@ -165,6 +168,11 @@ def _useless(pair: tuple[list[dict], str, str]) -> str:
     if not chosen.strip() or not rejected.strip():
         return "empty answer"
     return "equal answers" if chosen.strip() == rejected.strip() else ""
+
+
+def _whole_talks(prompt: list[dict], chosen: str, rejected: str) -> int:
+    texts = [*(message["content"] for message in prompt), chosen, rejected]
+    return sum(map(holds_transcript, texts))
 
 
 def reply(text: str) -> dict:

@@ -23,14 +23,14 @@ from corpus.packing import PackedCollator, best_fit, list_rows, list_schema, row
 from corpus.preparation import Parts
 from corpus.readers import Dropped
 from corpus.records import to_messages
-from corpus.transcripts import holds_transcript
+from corpus.transcripts import WHOLE_TALKS, holds_transcript
 from engine.command import as_command
 from engine.runs import find_final
 from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
 
 SAMPLE = "data/sft_sample.jsonl"
-CACHE_VERSION = 6  # raise it when the rows made from the same conversations change
+CACHE_VERSION = 7  # raise it when the rows made from the same conversations change
 
 
 def prepare_sft_data(
@@ -154,15 +154,14 @@ def usable_part(messages: list[dict], noted: Counter) -> list[dict] | Parts:
         raise Dropped("no question" if has_reply else "no reply")
     end = len(targets) - targets[::-1].index(True)
     replies = [content for role, content in turns[:end] if role == "assistant"]
-    transcripts = sum(holds_transcript(content) for _, content in turns[:end])
     empty = sum(not reply.strip() for reply in replies)
     counts = {
         "messages behind the last reply, left off": len(messages) - end,
         "empty replies, no targets": empty,
         "replies before any question, no targets": len(replies) - sum(targets) - empty,
-        'messages that hold a whole talk ("Human: … Assistant: …")': transcripts,
     }
     noted.update({f"noted: {reason}": count for reason, count in counts.items()})
+    noted[WHOLE_TALKS] += sum(holds_transcript(content) for _, content in turns[:end])
     return Parts([messages[:end]], noted)
 
 

@@ -3,8 +3,12 @@
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from corpus.messages import is_missing
 from corpus.readers import Dropped
 from corpus.records import MARKS, to_messages
+
+GOOD = {"true": True, "1": True, "false": False, "0": False, "-1": False}
+UNKNOWN_LABEL = "noted: labels that are neither true nor false, not used"
 
 
 @dataclass(frozen=True)
@@ -25,10 +29,11 @@ def example_of(record, counts: Counter | None = None) -> Example:
         Dropped: nothing is asked, or nothing is answered.
         FormatError: as records.to_messages.
     """
-    is_good = None
-    if isinstance(record, dict):
-        is_good = next((record[key] for key in MARKS if is_label(record.get(key))), None)
     messages = to_messages(record, counts)
+    found = [record[key] for key in MARKS if not is_missing(record.get(key))]
+    labels = [label for value in found if (label := label_of(value)) is not None]
+    if found and not labels and counts is not None:
+        counts[UNKNOWN_LABEL] += 1
     while messages and messages[-1]["role"] != "assistant":
         messages = messages[:-1]
     asked = [n for n, message in enumerate(messages) if message["role"] in ("user", "tool")]
@@ -38,12 +43,12 @@ def example_of(record, counts: Counter | None = None) -> Example:
         raise Dropped("no reply")
     if not any(messages[number]["content"].strip() for number in asked):
         raise Dropped("no question")
-    return Example(messages[:start], answer, None if is_good is None else bool(is_good))
+    return Example(messages[:start], answer, labels[0] if labels else None)
 
 
-def is_label(value) -> bool:
-    """Whether a value says good or bad: True, False, 1 or 0."""
-    return isinstance(value, int | float) and value in (0, 1)
+def label_of(value) -> bool | None:
+    """Good or bad: a truth value, 1 or 0 (or -1), also as text. None of anything else."""
+    return GOOD.get(str(value).strip().lower().removesuffix(".0"))
 
 
 class Labels:

@@ -19,16 +19,24 @@ CALLS = ("function_call", "tool_call")  # ShareGPT's and ms-swift's: the content
 KNOWN = ROLES | dict.fromkeys(CALLS, "assistant")
 PLAIN = {"role", "content", "from", "value"}
 OWNERS = {"tools": "system", "functions": "system"}  # which role alone may have a field
-OWNERS |= dict.fromkeys(("reasoning_content", "tool_calls", "function_call"), "assistant")
+# The reasoning of DeepSeek and Qwen, of vLLM, and of gpt-oss.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+OWNERS |= dict.fromkeys((*REASONING, "tool_calls", "function_call"), "assistant")
+MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 TEXT_PARTS = ("text", "input_text", "output_text")  # OpenAI's kinds of a part that is text
 NOT_A_TARGET = ("loss", "weight")  # ms-swift's and OpenAI's marks of a reply, where they are 0
 HIDDEN = "noted: reasoning before the last question, not shown"
 
 
+def is_missing(value) -> bool:
+    """Whether a value is null, or the NaN that pandas writes for it."""
+    return value is None or value != value
+
+
 def text_of(value, where: str) -> str:
-    """Text as it is. What is missing (None, or NaN as pandas writes it) is empty text."""
+    """Text as it is. What is missing is empty text."""
     if not isinstance(value, str):
-        if value is None or value != value:
+        if is_missing(value):
             return ""
         value = _joined_parts(value, where)
     try:
@@ -66,12 +74,14 @@ def to_json(value, where: str) -> str:
 
 
 def parse_messages(value, key: str) -> list[dict]:
-    """A list of {role, content} or of ShareGPT's {from, value}, with tool calls and results.
+    """A list of {role, content} or of ShareGPT's {from, value}, or JSON text of one.
 
     Raises:
         FormatError: names the message and what is wrong with it.
     """
-    if value is None or value == "" or value == []:
+    if value != "":
+        value = from_json(value, f"{key!r}")
+    if is_missing(value) or value in ("", []):
         raise Dropped("no messages")
     if not isinstance(value, list):
         raise FormatError(f"{key!r} must be a non-empty list of messages")
@@ -95,7 +105,7 @@ def _parse_message(item, where: str) -> tuple[dict, bool]:
         wanted = '{"role": …, "content": …}'
         raise FormatError(f"{where} must be {wanted}, found {type(item).__name__}")
     has_content = "content" in item or "value" in item  # null is there, as "" is
-    item = {key: value for key, value in item.items() if value is not None}
+    item = {key: value for key, value in item.items() if not is_missing(value)}
     name = item.get("role", item.get("from"))
     if not isinstance(name, str) or name not in KNOWN:
         raise FormatError(f"{where} has role {name!r}; known: {', '.join(KNOWN)}")
@@ -117,14 +127,18 @@ def _fields(item: dict, role: str, where: str) -> dict:
     for key, owner in OWNERS.items():
         if item.get(key) and role != owner:
             raise FormatError(f"{where} has {key!r}, which only the {owner}'s message may have")
+    for key in MEDIA & item.keys():
+        if item[key]:
+            raise FormatError(f"{where} has {key!r}, and only text is learned: take it out")
     for key in NOT_A_TARGET:
         if item.get(key) == 0:
             raise FormatError(f"{where} has {key!r}: {item[key]!r}, which is not supported")
     tools = item.get("tools") or item.get("functions") or []
     calls = item.get("tool_calls") or item.get("function_call") or []
+    reasoning = next((item[key] for key in REASONING if item.get(key)), "")
     fields = {
         "tools": parse_tools(tools, f"'tools' of {where}"),
-        "reasoning_content": text_of(item.get("reasoning_content", ""), f"reasoning of {where}"),
+        "reasoning_content": text_of(reasoning, f"reasoning of {where}"),
         "tool_calls": parse_calls(calls, where),
     }
     return {key: value for key, value in fields.items() if value}

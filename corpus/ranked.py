@@ -15,6 +15,8 @@ def pairs_of(value, key: str) -> list[tuple]:
         Dropped: there are not two answers, one has no score, or all are equally good.
         FormatError: it is no list of answers.
     """
+    if value == "":
+        raise Dropped("fewer than two answers")
     if not isinstance(value, list):
         raise FormatError(
             f"{key!r} must be a list of answers, the best first, found {type(value).__name__}"

@@ -1,7 +1,8 @@
 """Records of every accepted format -> messages (SFT), or a question with two answers (DPO).
 
 FORMATS is the one list of what is accepted. A record has the first format all of whose keys it has.
-A key with null is a key that is not there; where no format is found without it, it is empty text. A
+A key with null (or NaN) is one that is not there; where no format is found without it, it is empty
+text. A
 further data set with known kinds of keys is one line.
 """
 
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 
 from corpus.messages import (
+    MEDIA,
     from_json,
+    is_missing,
     parse_messages,
     parse_tools,
     render,
@@ -88,6 +91,7 @@ FORMATS = (
     Format("GSM8K", SFT, ("question",), ("answer",), ("context", *REPLY)),
     Format("ms-swift", DPO, (), ("messages", "rejected_response"), AROUND),
     Format("ms-swift", DPO, (), ("messages", "rejected_messages"), AROUND),
+    Format("ms-swift 2", DPO, ("query",), ("response", "rejected_response"), CONTEXT),
     Format("MedicalGPT", DPO, ("question",), ("response_chosen", "response_rejected"), CONTEXT),
     Format("zhihu_rlhf_3k, TRL", DPO, ("prompt",), PAIR, CONTEXT),
     Format("orca_dpo_pairs", DPO, ("question",), PAIR, CONTEXT),
@@ -100,13 +104,14 @@ FORMATS = (
 )
 # Labels such as `kind`, `id` or `score` are not read. These would be missed: a record with one of
 # them that its format does not use is refused.
-MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 ROWS = {stage: [row for row in FORMATS if row.stage == stage] for stage in (SFT, DPO)}
-# These are labels too, beside the messages that repeat them or that they were taken from.
-LABELS = {SFT: {"prompt", "completion", "question", "answer"}, DPO: {"output", "completions"}}
-MEANT = {
-    stage: MEDIA.union(*(row.used for row in rows)) - LABELS[stage] for stage, rows in ROWS.items()
+# These may be labels too, beside the messages that they were taken from. What of them does not
+# stand in the messages is counted.
+LABELS = {
+    SFT: {"prompt", "completion", "question", "answer"},
+    DPO: {"output", "completions", "query", "response"},
 }
+MEANT = {stage: MEDIA.union(*(row.used for row in rows)) for stage, rows in ROWS.items()}
 # What `dpo_data.py --make_pairs` makes pairs of: one answer, and whether it is good.
 MARKS = ("label", "kto_tag")
 
@@ -129,7 +134,7 @@ def to_messages(record: dict, counts: Counter | None = None) -> list[dict]:
         if reasoning := fields.get("reasoning_content"):
             reply["reasoning_content"] = text_of(reasoning, "reasoning_content")
         messages.append(reply)
-    _refuse_unused(fields, row, messages)
+    _account_for_unused(fields, row, messages, counts)
     return render(_with_system(fields, messages), counts)
 
 
@@ -174,7 +179,7 @@ def _pair(fields: dict, row: Format, chosen, rejected, counts) -> tuple[list[dic
         raise FormatError(f"no question before the answers; {_found_and_accepted(fields, DPO)}")
     if question[-1]["role"] not in ("user", "tool"):
         raise FormatError("the prompt must end with a user's message or a tool's result")
-    _refuse_unused(fields, row, [*question, chosen])
+    _account_for_unused(fields, row, [*question, chosen], counts)
     question = _with_system(fields, question)
     *prompt, chosen = render([*question, chosen], counts)
     return prompt, chosen["content"], render([*question, rejected])[-1]["content"]
@@ -215,14 +220,12 @@ def _from_transcripts(chosen, rejected) -> tuple:
 
 
 def _recognise(record, stage: str) -> tuple[dict, Format]:
-    """(fields that are not null, the format that has these keys)."""
+    """(fields that are not missing, the format that has these keys)."""
     if not isinstance(record, dict):
         raise FormatError(f"expected an object, found {type(record).__name__}")
-    fields = record
-    if None in record.values():
-        fields = {key: value for key, value in record.items() if value is not None}
+    fields = {key: value for key, value in record.items() if not is_missing(value)}
     row = _row_of(frozenset(fields), stage)
-    if fields is not record and not (row and row.question):
+    if len(fields) < len(record) and not (row and row.question):
         row_of_all = _row_of(frozenset(record), stage)  # null is missing text, as "" is
         if row_of_all and (row is None or row_of_all.question):
             return dict.fromkeys(row_of_all.keys, "") | fields, row_of_all
@@ -293,7 +296,7 @@ def _history(value) -> list[dict]:
 
 def _answer(value, key: str) -> tuple[list[dict] | None, dict]:
     """(messages before it, answer) of an answer given as text (None), message or messages."""
-    if isinstance(value, str) or value != value:  # NaN is missing text
+    if isinstance(value, str) or is_missing(value):
         return None, {"role": "assistant", "content": text_of(value, key)}
     messages = parse_messages([value] if isinstance(value, dict) else value, key)
     if messages[-1]["role"] != "assistant":
@@ -321,11 +324,15 @@ def _with_system(fields: dict, messages: list[dict]) -> list[dict]:
     return [stated, *messages[1:]]
 
 
-def _refuse_unused(fields: dict, row: Format, messages: list[dict]):
+def _account_for_unused(fields: dict, row: Format, messages: list[dict], counts: Counter | None):
     """Nothing that was meant for the model is dropped in silence."""
     for key in _unused(frozenset(fields), row):
-        if fields[key] and not _is_said(fields[key], messages):
+        if not fields[key] or _is_said(fields[key], messages):
+            continue
+        if key not in LABELS[row.stage]:
             raise FormatError(f"{key!r} is not used beside {_names(row.keys)}: take it out")
+        if counts is not None:
+            counts[f"noted: {key!r} beside {_names(row.keys)}, not read"] += 1
 
 
 @cache

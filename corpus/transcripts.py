@@ -1,14 +1,18 @@
-"""A whole conversation in one text, "Human: … Assistant: …", as hh-rlhf and BELLE write it."""
+"""A whole conversation in one text, "Human: … Assistant: …", as hh-rlhf and BELLE write it.
+
+Others write "User:", and guanaco "### Human:".
+"""
 
 import re
 
-ROLE_OF = {"Human": "user", "Assistant": "assistant"}
-MARK = re.compile(r"(?:^|\n)[ \t]*(Human|Assistant)[ \t]*[:：]")
-BEGINS = re.compile(r"\s*Human[ \t]*[:：]")
+ROLE_OF = {"Human": "user", "User": "user", "Assistant": "assistant"}
+MARK = re.compile(r"(?:^|\n)[ \t]*(?:### ?)?(Human|User|Assistant)[ \t]*[:：]")
+BEGINS = re.compile(r"\s*(?:### ?)?(?:Human|User)[ \t]*[:：]")
+WHOLE_TALKS = 'noted: messages that hold a whole talk ("Human: … Assistant: …")'
 
 
 def split_transcript(text: str) -> list[dict]:
-    """The messages of a text that begins with "Human:"; [] of any other text.
+    """The messages of a text that begins with the user's mark; [] of any other text.
 
     A last "Assistant:" without words asks for the answer, and is no message.
     """
@@ -37,7 +41,7 @@ def split_question(text: str) -> list[dict]:
 
 def holds_transcript(text: str) -> bool:
     """Whether both speakers' marks stand at the beginnings of lines."""
-    return "Assistant" in text and set(MARK.findall(text)) == ROLE_OF.keys()
+    return "Assistant" in text and len({ROLE_OF[mark] for mark in MARK.findall(text)}) == 2
 
 
 def pair_record(prompt: list[dict], chosen: str, rejected: str) -> dict:

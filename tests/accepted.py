@@ -146,6 +146,18 @@ ACCEPTED: dict[tuple, list] = {
             (POEM[:1], "春眠不觉晓", "不会"),
         ),
     ],
+    (DPO, "query response rejected_response"): [
+        (
+            {
+                "system": "数数",
+                "history": [["一", "二"]],
+                "query": "三",
+                "response": "四",
+                "rejected_response": "八",
+            },
+            (said("一", "二", "三", system="数数"), "四", "八"),
+        ),
+    ],
     (DPO, "question response_chosen response_rejected"): [
         (
             {
@@ -177,6 +189,15 @@ ACCEPTED: dict[tuple, list] = {
         (
             {"system": "短", "prompt": "问", "chosen": "好", "rejected": "坏"},
             (said("问", system="短"), "好", "坏"),
+        ),
+        (  # hh-rlhf as Dahoas publishes it
+            {
+                "prompt": "\n\nHuman: 一\n\nAssistant: 二\n\nHuman: 问\n\nAssistant:",
+                "response": " 好",
+                "chosen": " 好",
+                "rejected": " 坏",
+            },
+            (said("一", "二", "问"), " 好", " 坏"),
         ),
         (  # only the first of the messages before the answer is the prompt
             {

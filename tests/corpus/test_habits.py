@@ -1,11 +1,12 @@
 """What others' files hold: ranks, scores, labels, transcripts, parts, names, missing values."""
 
+import json
 from collections import Counter
 
 import pytest
 from accepted import POEM, said
 
-from corpus.labelled import Example, Labels, example_of
+from corpus.labelled import UNKNOWN_LABEL, Example, Labels, example_of
 from corpus.readers import Dropped, FormatError
 from corpus.records import to_messages, to_pair, to_pairs
 from corpus.transcripts import holds_transcript, split_question, split_transcript
@@ -49,6 +50,8 @@ def test_answers_with_scores_are_all_used():
         (scored(4, float("nan")), "no score"),
         (scored(4), "fewer than two answers"),
         ({"instruction": "问", "output": []}, "fewer than two answers"),
+        ({"instruction": "问", "output": None}, "fewer than two answers"),
+        ({"instruction": "问", "completions": float("nan")}, "fewer than two answers"),
     ],
 )
 def test_answers_that_cannot_be_compared_are_dropped_for_a_reason(record, reason):
@@ -86,6 +89,10 @@ def test_a_question_that_is_a_transcript_becomes_its_messages():
     expected = said("一", "二", "三", "四")
     assert to_messages({"instruction": text, "input": "", "output": "四"}) == expected
     assert split_question("Human: 一\nAssistant:") == said("一")
+    assert split_question("User: 一\nAssistant: 二\nUser: 三") == said("一", "二", "三")
+    assert split_question("### Human: 一\n### Assistant: 二\n### Human: 三") == said(
+        "一", "二", "三"
+    )
     assert split_question(hh("一", "二", "三")) == said("一", "二", "三")
 
 
@@ -100,6 +107,7 @@ def test_a_question_that_only_mentions_speakers_stays_as_it_is(text):
 
 def test_a_transcript_in_one_message_is_known_by_both_marks():
     assert holds_transcript("好的。\nHuman: 还有呢？\nAssistant: 没有了。")
+    assert holds_transcript("好的。\n### User: 还有呢？\n### Assistant: 没有了。")
     assert not holds_transcript("Assistant: 好的。")
     assert not holds_transcript("说 Human: 和 Assistant: 的人")
     assert split_transcript("没有标记") == []
@@ -121,9 +129,21 @@ def test_one_answer_with_a_label_is_known_in_every_format(record):
     assert example_of(record) == Example(POEM[:1], "春眠不觉晓", True)
 
 
-def test_a_label_that_says_something_else_is_none():
-    for label in ({"ability": "写诗"}, "诗", 3, None):
-        assert example_of({"messages": POEM, "label": label}).is_good is None
+@pytest.mark.parametrize(
+    ("label", "is_good"),
+    [("True", True), ("1", True), (1.0, True), ("false", False), ("0", False), (-1, False)],
+)
+def test_a_label_may_be_text_as_a_csv_has_it(label, is_good):
+    assert example_of({"messages": POEM, "label": label}).is_good is is_good
+
+
+@pytest.mark.parametrize("label", [{"ability": "写诗"}, "诗", 3])
+def test_a_label_that_says_something_else_is_none_and_counted(label):
+    counts: Counter = Counter()
+    assert example_of({"messages": POEM, "label": label}, counts).is_good is None
+    assert counts == {UNKNOWN_LABEL: 1}
+    assert example_of({"messages": POEM, "label": None, "kto_tag": 0}, counts).is_good is False
+    assert counts == {UNKNOWN_LABEL: 1}
 
 
 def test_all_that_is_said_to_the_last_question_is_the_answer():
@@ -201,8 +221,48 @@ def test_missing_messages_are_dropped_and_no_error(null):
         to_pair({"messages": null, "chosen": "好", "rejected": "坏"})
 
 
-def test_a_label_beside_the_messages_is_no_context():
-    talk = {"messages": POEM, "prompt": "写一句诗", "answer": "42", "question": "题目"}
-    assert to_messages(talk) == POEM
+@pytest.mark.parametrize("null", NULL, ids=str)
+def test_what_is_missing_beside_messages_or_in_one_is_no_error(null):
+    with_calls = [POEM[0], POEM[1] | {"tool_calls": null, "reasoning_content": null}]
+    assert to_messages({"messages": with_calls, "tools": null, "history": null}) == POEM
+    full = {"instruction": POEM[0]["content"], "output": POEM[1]["content"]}
+    assert to_messages(full | {"history": null, "system": null, "tools": null}) == POEM
+    with pytest.raises(Dropped, match="no messages"):
+        to_messages({"conversations": null})
+
+
+def test_a_label_beside_the_messages_is_no_context_and_counted_where_it_says_more():
+    talk = {"messages": POEM, "prompt": "写一句诗", "answer": "42", "question": ""}
+    counts: Counter = Counter()
+    assert to_messages(talk, counts) == POEM
+    assert counts == {"noted: 'answer' beside \"messages\", not read": 1}
+    pair = {"prompt": "问", "chosen": "好", "rejected": "坏", "response": "好", "output": "优"}
+    counts.clear()
+    assert to_pairs(pair, counts) == [(ASKED, "好", "坏")]
+    [note] = counts
+    assert note.startswith("noted: 'output' beside")
     with pytest.raises(FormatError, match="'context' is not used beside"):
         to_messages({"messages": POEM, "context": "一段要读的话"})
+
+
+def test_messages_may_be_text_that_is_json():
+    assert to_messages({"messages": json.dumps(POEM)}) == POEM
+    for nothing in ("[]", "null", '""'):
+        with pytest.raises(Dropped, match="no messages"):
+            to_messages({"messages": nothing, "system": "你是诗人"})
+    with pytest.raises(FormatError, match="'messages' is text that is no JSON"):
+        to_messages({"messages": "写一句诗"})
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_known_by_each_of_its_names(key):
+    talk = [POEM[0] | {key: None}, POEM[1] | {key: "想"}]
+    assert to_messages({"messages": talk})[1]["content"] == "<think>\n想\n</think>\n\n春眠不觉晓"
+    with pytest.raises(FormatError, match=f"'{key}', which only the assistant's message may have"):
+        to_messages({"messages": [POEM[0] | {key: "想"}, POEM[1]]})
+
+
+def test_a_picture_in_a_message_is_refused_and_its_absence_is_none():
+    assert to_messages({"messages": [POEM[0] | {"images": [], "audio": None}, POEM[1]]}) == POEM
+    with pytest.raises(FormatError, match=r"message 1 .* has 'images', and only text is learned"):
+        to_messages({"messages": [POEM[0] | {"images": ["a.png"]}, POEM[1]]})

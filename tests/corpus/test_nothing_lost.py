@@ -1,5 +1,6 @@
 """Whatever is read of a record is used, counted or refused: random records of every format."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -7,9 +8,10 @@ from fuzz import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corpus.messages import REASONING
 from corpus.preparation import Parts
 from corpus.readers import Dropped, FormatError
-from corpus.records import DPO, FORMATS, SFT, Format
+from corpus.records import DPO, FORMATS, MEANT, SFT, Format
 from dpo_data import PairRecipe
 from sft_data import ConversationRecipe
 from train_data import DocumentRecipe
@@ -19,7 +21,7 @@ LETTERS = st.text(alphabet="天地玄黄 az\n", min_size=1, max_size=12)
 MISSING: st.SearchStrategy = st.sampled_from([None, "", float("nan")])
 NAMES = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 # What is said of text that is read and stands in no row.
-LOSSES = ("dropped", "shortened", "replies cut", "answers cut", "not shown", "left off")
+LOSSES = ("dropped", "shortened", "replies cut", "answers cut", "not shown", "not read", "left off")
 
 
 class Writer:
@@ -39,7 +41,7 @@ class Writer:
             return {"from": NAMES[role], "value": self.text()}
         message = {"role": role, "content": self.text()}
         if role == "assistant" and self.draw(st.integers(0, 4)) == 0:
-            message["reasoning_content"] = self.text()
+            message[self.draw(st.sampled_from(REASONING))] = self.text()
         return message
 
     def messages(self, roles: st.SearchStrategy) -> list:
@@ -57,7 +59,8 @@ class Writer:
     def field(self, key: str, row: Format):
         """The value of a key; what an answer holds is drawn in `answers`."""
         if key in ("messages", "conversations"):
-            return self.messages(st.sampled_from(["user", "assistant", "tool"]))
+            talk = self.messages(st.sampled_from(["user", "assistant", "tool"]))
+            return json.dumps(talk) if self.draw(st.integers(0, 4)) == 0 else talk
         if key == "history":
             return self.history()
         if key == "tools":
@@ -82,7 +85,7 @@ class Writer:
 
 @st.composite
 def records(draw, row: Format) -> tuple[dict, list[str]]:
-    """(a record of a format, all texts in it)."""
+    """(a record of a format, perhaps with a key of another one; all texts in it)."""
     writer = Writer(draw)
     keys = [key for key in row.optional if draw(st.booleans())]
     record = {key: writer.field(key, row) for key in (*row.question, *keys)}
@@ -97,6 +100,8 @@ def records(draw, row: Format) -> tuple[dict, list[str]]:
         record[row.answers[1]] = rejected
     else:
         record |= {key: writer.field(key, row) for key in row.answers}
+    if draw(st.integers(0, 3)) == 0:
+        record[draw(st.sampled_from(sorted(MEANT[row.stage] - record.keys())))] = writer.text()
     return record, writer.texts
 
 

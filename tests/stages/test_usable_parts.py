@@ -184,6 +184,14 @@ def test_pairs_that_are_made_are_accepted_whatever_they_are_made_of(tmp_path, ba
     assert sum(map(len, splits.values())) == len(records)
 
 
+def test_a_whole_talk_in_an_answer_is_noted(tmp_path, tokenizer, capsys):
+    talk = "Human: 问\n\nAssistant: "
+    records = [{"prompt": f"问{n}", "chosen": f"{talk}好", "rejected": "坏"} for n in range(3)]
+    path = write_jsonl(tmp_path / "dpo.jsonl", records)
+    prepare_dpo_data(tokenizer, path, 96, None, cache_dir=tmp_path / "cache")
+    assert "noted: 3 messages that hold a whole talk" in capsys.readouterr().out
+
+
 def test_labelled_answers_become_pairs_and_a_good_one_alone_has_the_models(
     tmp_path, base_model, capsys
 ):
