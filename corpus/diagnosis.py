@@ -15,6 +15,7 @@ ARCHIVES = {
     b"\x28\xb5\x2f\xfd": ".zst",
     b"PAR1": ".parquet",
 }
+JSON_LINES = (".ndjson", ".jsonlines", ".jl")
 TABLES = {".csv": "", ".tsv": ", sep='\\t'"}
 
 
@@ -70,7 +71,9 @@ def _is_wide(head: bytes) -> bool:
 
 
 def conversion_of(name: str, ending: str) -> str:
-    """How a table becomes records; empty for another file."""
+    """How a file of another format becomes one that is read; empty where nothing is known."""
+    if ending in JSON_LINES:
+        return f" JSON lines are named .jsonl: rename it to {name[: -len(ending)]}.jsonl"
     if ending not in TABLES:
         return ""
     target = f"{name[: -len(ending)]}.jsonl"

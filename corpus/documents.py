@@ -14,6 +14,7 @@ from engine.progress import Progress
 
 SAMPLE = "data/pretrain_sample.jsonl"
 TEXT_COLUMNS = ("text", "content", "completion")  # the first that a record has is its text
+QUESTIONS = {"content": "input", "completion": "prompt"}  # beside which they are answers
 
 
 def document_of(record, text_column: str | None = None) -> str:
@@ -40,6 +41,8 @@ def _column_of(record, text_column: str | None) -> object:
     if isinstance(record, dict):
         for name in names:
             if name in record:
+                if not text_column:
+                    _refuse_half_of_a_talk(record, name)
                 return record[name]
     others = "".join(f' or "{name}"' for name in names[1:])
     has = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else "is no object"
@@ -75,6 +78,16 @@ def iter_documents(
                 else:
                     counts["dropped: duplicate"] += 1
             progress.reach(task.position)
+
+
+def _refuse_half_of_a_talk(record: dict, name: str):
+    """An answer without its question is no document."""
+    asked = QUESTIONS.get(name)
+    if asked and record.get(asked):
+        raise FormatError(
+            f'"{asked}" and "{name}" are a conversation, for sft_train.py. '
+            f"--text_column {name} takes that text alone"
+        )
 
 
 class SeenHashes:

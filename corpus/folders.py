@@ -7,15 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 
-# Cards and notes that may end in .txt, and what the library `datasets` writes beside data.
+# Cards and notes that may end in .txt.
 NOTES = {"readme", "license", "licence", "notice", "changelog", "citation", "requirements"}
-# Its files, each with a key that tells it from a file of records.
-DESCRIPTIONS = {
-    "dataset_info.json": "features",
-    "dataset_dict.json": "splits",
-    "state.json": "_data_files",
-    "dataset_infos.json": None,
-}
+# Each is one object about the data, as the library `datasets`, LLaMA-Factory or a Hub writes it.
+DESCRIPTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+DESCRIPTIONS |= {"config.json", "configuration.json"}
 SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 SHOWN = 4  # names in a message
 
@@ -44,7 +40,7 @@ def choose_files(
 ) -> list[Path]:
     """The data among the files of a known format. What is left out is said once.
 
-    unknown: files of other formats, which are named too.
+    unknown: files of other formats, and empty ones, which are named too.
 
     Where some files are of a train split, those of the others are left out, as on the Hub.
     """
@@ -59,7 +55,8 @@ def choose_files(
         others = [file for file in kept if splits[file] not in ("", "train")]
         kept = [file for file in kept if file not in set(others)]
     if left_out and kept:
-        say_once(f"{folder}: left out as no data: {_names(folder, sorted(left_out))}.")
+        names = _names(folder, sorted(left_out))
+        say_once(f"{folder}: left out as no data, or of no known format: {names}.")
     if others:
         counts = Counter(splits[file] for file in others)
         say_once(
@@ -70,10 +67,9 @@ def choose_files(
 
 
 def _is_description(file: Path) -> bool:
-    """Whether `datasets` wrote it beside an Arrow file that save_to_disk or map() made."""
+    """Whether a file is about the data, or an Arrow file that a map() left beside them."""
     if file.name in DESCRIPTIONS:
-        content, key = _object_in(file), DESCRIPTIONS[file.name]
-        return content is not None and (key is None or key in content)
+        return _object_in(file) is not None  # records are an array, or several lines
     if file.suffix != ".arrow":
         return False
     state = _object_in(file.with_name("state.json"))

@@ -76,17 +76,22 @@ def find_files(dataset: str, every_split: bool = False) -> list[Path]:
         ValueError: there is none, or one has a format that cannot be read.
     """
     path = Path(dataset).expanduser()
+    there: list[Path] = []
     if path.is_dir():
         there = [p for p in path.rglob("*") if p.is_file()]
         known = [p for p in there if format_of(p)]
-        found = choose_files(path, known, every_split, set(there) - set(known))
+        full = [p for p in known if p.stat().st_size > 0]
+        found = choose_files(path, full, every_split, set(there) - set(full))
+        found = found or sorted(set(known) - set(full))[:1]
     elif glob.has_magic(dataset) and not path.exists():
         matched = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
         found = choose_files(path.parent, matched, every_split=True) or sorted(matched)
     else:
         found = [path]
     if not found:
-        raise ValueError(f"{dataset}: no {', '.join(FORMATS)} file there (also .gz .bz2 .xz .zst).")
+        problem = f"no {', '.join(FORMATS)} file there (also .gz .bz2 .xz .zst)."
+        tables = [conversion_of(p.name, p.suffix) for p in sorted(there)]
+        raise ValueError(f"{dataset}: {problem}" + next(filter(None, tables), ""))
     for file in found:
         if not file.is_file():
             raise input_error(file, None, f"no such file (looked from {Path.cwd()}).")

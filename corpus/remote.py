@@ -8,12 +8,11 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from corpus.folders import DESCRIPTIONS, is_no_data
 from corpus.readers import FORMATS, format_of
 
 BLOCK = 2**23  # bytes that are read at once
 SHOWN = 10  # names that an error lists
-# Files about the data. A folder or a pattern leaves them out, as the Hub's own loader does.
-NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
 
 
 class Request(NamedTuple):
@@ -50,7 +49,7 @@ def fixed_folder(pattern: str) -> str:
 
 
 def keep_data_files(request: Request, paths: Iterable[str]) -> list[str]:
-    """The files that the readers know, sorted.
+    """The files that the readers know, sorted. A folder or a pattern has no files about the data.
 
     Raises:
         ValueError: there is none.
@@ -67,8 +66,7 @@ def keep_data_files(request: Request, paths: Iterable[str]) -> list[str]:
 
 
 def _is_data(path: str) -> bool:
-    hidden = any(part.startswith(".") for part in path.split("/"))
-    return not hidden and PurePosixPath(path).name not in NO_DATA
+    return not is_no_data(PurePosixPath(path)) and PurePosixPath(path).name not in DESCRIPTIONS
 
 
 class ExplainedError(ValueError):

@@ -149,6 +149,12 @@ def test_a_table_is_refused_with_the_command_that_converts_it(tmp_path, ending, 
     assert f"pandas.read_csv('a{ending}'{separator}, dtype=str).to_json('a.jsonl'" in message
 
 
+@pytest.mark.parametrize("ending", [".ndjson", ".jsonlines", ".jl"])
+def test_json_lines_of_another_name_are_refused_with_the_name_that_is_read(tmp_path, ending):
+    message = complaint(find_files, str(put(tmp_path, f"a{ending}", LINES)))
+    assert message.endswith("JSON lines are named .jsonl: rename it to a.jsonl")
+
+
 def test_html_that_is_text_is_text(tmp_path):
     assert read(put(tmp_path, "a.txt", "<html>天地</html>")) == ["<html>天地</html>"]
 

@@ -58,6 +58,19 @@ def test_a_column_that_is_named_is_the_only_one_that_counts():
         document_of(["a"])
 
 
+@pytest.mark.parametrize(("asked", "name"), [("prompt", "completion"), ("input", "content")])
+def test_half_of_a_conversation_is_no_document_unless_it_is_asked_for(asked, name):
+    record = {asked: "问", name: "答"}
+    message = (
+        rf'"{asked}" and "{name}" are a conversation, for sft_train\.py\. --text_column {name} '
+    )
+    with pytest.raises(FormatError, match=message):
+        document_of(record)
+    assert document_of(record, name) == "答"
+    assert document_of(record | {"text": "文"}) == "文"
+    assert document_of({asked: None, name: "文"}) == "文"
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -34,9 +34,25 @@ def test_notes_hidden_files_and_what_a_mac_adds_are_left_out_and_named_once(tmp_
     for _ in range(2):
         assert names(tmp_path) == ["a.jsonl"]
     printed = capsys.readouterr().out
-    assert printed.count("left out as no data") == 1
+    assert printed.count("left out as no data, or of no known format") == 1
     for name in ("README.txt", "._a.jsonl", "and 1 more"):
         assert name in printed
+
+
+def test_a_description_by_llama_factory_and_an_empty_part_are_left_out_and_named(tmp_path, capsys):
+    put(tmp_path, **{"a.jsonl": LINE, "part-0.jsonl": "", "config.json": "{}"})
+    put(tmp_path, **{"dataset_info.json": '{"a": {"file_name": "a.jsonl"}}'})
+    assert names(tmp_path) == ["a.jsonl"]
+    assert "config.json, dataset_info.json, part-0.jsonl." in capsys.readouterr().out
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"a\.jsonl: the file is empty"):
+        find_files(str(tmp_path))
+
+
+def test_a_folder_of_nothing_but_tables_names_the_command_that_converts_one(tmp_path):
+    put(tmp_path, **{"a.csv": "text\n天地\n", "b.png": ""})
+    with pytest.raises(ValueError, match=r"no \.jsonl, .* file there .*read_csv\('a\.csv'"):
+        find_files(str(tmp_path))
 
 
 def test_a_pattern_leaves_notes_out_too_unless_it_names_nothing_else(tmp_path):
