@@ -61,7 +61,8 @@ BAD = {
         {"messages": [{"role": "narrator", "content": "x"}]},
         r":2: .* has role 'narrator'; known: sys",
     ),
-    "no list": ({"messages": "x"}, r":2: 'messages' must be a non-empty list"),
+    "no list": ({"messages": {"role": "user"}}, r":2: 'messages' must be a non-empty list"),
+    "no JSON": ({"messages": "x"}, r":2: 'messages' is text that is no JSON"),
     "no object": ([1], r":2: expected an object, found list"),
     "no message": ({"messages": ["x"]}, r':2: message 1 of .* must be {"role": …, .*, found str'),
     "late system": (
