@@ -1,6 +1,7 @@
 """Locks between processes, also on a file system that has none of its own."""
 
 import errno
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -17,11 +18,12 @@ def lock_in(folder: Path, **options) -> BaseFileLock:
     Where the file system has no locks, a file that exists is the lock. A process that is killed
     there leaves it behind: describe_lock() says so.
     """
-    if has_locks(folder):
+    if has_locks(folder.absolute()):
         return FileLock(folder / ".lock", **options)
     return SoftFileLock(folder / ".softlock", **options)
 
 
+@functools.cache  # it makes a file to find out
 def has_locks(folder: Path) -> bool:
     """Whether files in a folder can be locked. filelock would wait for ever where they cannot."""
     if sys.platform == "win32":

@@ -130,7 +130,7 @@ class StepLoader:
             )
 
     def _do_without_workers(self, why: str):
-        what = f"the {self.num_workers} data workers (num_workers)"
+        what = f"the data workers (num_workers {self.num_workers})"
         self.num_workers = 0
         self.rt.extras.warn(what, why, "rows are collated without them, as with num_workers 0")
 

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import tempfile
 import threading
 import time
 
@@ -40,6 +41,12 @@ def test_without_locks_a_file_is_the_lock_and_its_limit_is_said(tmp_path, no_loc
     assert f"so {tmp_path / '.softlock'} is one. If the run that made it is gone, delete that" in (
         describe_lock(lock)
     )
+
+
+def test_a_folder_is_tried_once(tmp_path, monkeypatch):
+    lock_in(tmp_path)
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    lock_in(tmp_path)
 
 
 def test_another_error_of_the_file_system_stays_what_it_is(tmp_path, monkeypatch):

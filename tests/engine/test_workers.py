@@ -39,7 +39,7 @@ def test_a_shared_memory_that_is_too_small_is_named_and_the_batches_are_the_same
         torch.equal(a[name], b[name]) for a, b in zip(expected, found, strict=True) for name in a
     )
     printed = capsys.readouterr().out
-    assert printed.startswith("WARNING: the 2 data workers (num_workers): they need about 0.")
+    assert printed.startswith("WARNING: the data workers (num_workers 2): they need about 0.")
     assert "of /dev/shm, where 0.0 are free (docker: --shm-size=1g or --ipc=host)" in printed
 
 
@@ -99,7 +99,7 @@ def test_a_batch_that_is_lost_on_its_way_from_a_worker_is_made_again(capsys, err
     )
     assert alone == helped
     assert capsys.readouterr().out.startswith(
-        f"WARNING: the 1 data workers (num_workers): {error.__name__}: the batch is lost; rows are"
+        f"WARNING: the data workers (num_workers 1): {error.__name__}: the batch is lost; rows are"
     )
 
 
@@ -117,4 +117,4 @@ def test_a_killed_worker_is_said_and_the_batches_go_on_as_they_were(capsys):
     for one, other in zip(found, expected, strict=True):
         for a, b in zip(one, other, strict=True):
             assert all(torch.equal(a[name], b[name]) for name in a)
-    assert capsys.readouterr().out.startswith("WARNING: the 2 data workers (num_workers): ")
+    assert capsys.readouterr().out.startswith("WARNING: the data workers (num_workers 2): ")

@@ -289,7 +289,7 @@ def test_a_killed_worker_costs_no_step(tmp_path, end_all):
     for worker in psutil.Process(process.pid).children():
         worker.kill()
     assert process.wait(120) == 0, printed(tmp_path)
-    assert "WARNING: the 2 data workers (num_workers): " in printed(tmp_path)
+    assert "WARNING: the data workers (num_workers 2): " in printed(tmp_path)
     final = run_folder(tmp_path, "pretrain") / "final"
     undisturbed = pretrain_config(tmp_path, **config | {"output_dir": str(tmp_path / "other")})
     assert warm.run(command_of("pretrain", undisturbed), tmp_path).returncode == 0
