@@ -96,6 +96,8 @@ def handling(action: Callable[[int], None]) -> Iterator[None]:
 
     def handle(number, frame):
         if os.getpid() == owner:  # not in a process that was forked and has not changed it yet
+            if signal.Signals(number).name == "SIGXCPU":
+                _be_told_once()
             action(number)
 
     for number in NUMBERS:
@@ -109,3 +111,13 @@ def handling(action: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, before in previous.items():
             signal.signal(number, before or signal.SIG_DFL)
+
+
+def _be_told_once():
+    """The system repeats SIGXCPU with every second of CPU time. One would end Python while it
+    exits, behind a save. Up to the hard limit, where the system kills, it says nothing any more.
+    """
+    import resource  # Windows has none
+
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))

@@ -79,6 +79,23 @@ def test_a_forked_process_that_has_changed_nothing_yet_is_not_ended_by_them():
     assert done.stdout == "7\n", done.stderr
 
 
+def test_behind_a_limit_of_cpu_time_python_ends_as_it_wants_to():
+    """The system sends SIGXCPU with every second that a process takes more."""
+    done = run_code(
+        "import resource, time\n"
+        "from engine.stop import StopSignal\n"
+        "soft, hard = int(time.process_time()) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]\n"
+        "resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))\n"
+        "with StopSignal() as stop:\n"
+        "    while stop.received is None:\n"
+        "        pass\n"
+        "while time.process_time() < soft + 2.2:\n"
+        "    pass\n"
+        "print(stop.received)\n"
+    )
+    assert (done.returncode, done.stdout) == (0, "SIGXCPU\n"), done.stderr
+
+
 class Clock:
     def __init__(self):
         self.now = 100.0
