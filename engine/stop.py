@@ -19,7 +19,9 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
 # Seconds that a validation or samples may still take. docker kills ten seconds after SIGTERM.
 PATIENCE = 3.0
-ONE_PRESS = 2.0  # seconds in which torchrun sends its ranks what the terminal has sent them already
+# Seconds in which a launcher hands on what its command has got already: a profiler, or `timeout` to
+# all processes of its group, at once; torchrun later.
+AT_ONCE, BY_TORCHRUN = 0.2, 2.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -67,8 +69,8 @@ class StopSignal:
         if self.first is None:
             self.first = (signal.Signals(number).name, self.clock())
         elif number == signal.SIGINT:
-            is_handed_on = "TORCHELASTIC_RUN_ID" in os.environ
-            if not (is_handed_on and self.clock() < self.first[1] + ONE_PRESS):
+            one_press = BY_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE
+            if self.clock() >= self.first[1] + one_press:
                 raise KeyboardInterrupt
 
     def __exit__(self, *exception):

@@ -22,6 +22,14 @@ def run_code(code: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", **options)
 
 
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def test_the_signals_are_those_of_terminals_and_schedulers():
     names = [signal.Signals(number).name for number in NUMBERS]
     assert names == ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
@@ -57,12 +65,22 @@ def test_several_signals_of_a_scheduler_are_one_wish_and_the_first_one_is_named(
         assert stop.received == "SIGUSR1"
 
 
-def test_what_torchrun_hands_on_is_no_second_ctrl_c(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with StopSignal() as stop:
+@pytest.mark.parametrize(("launcher", "seconds"), [("torchrun", 1.9), ("", 0.1)])
+def test_what_a_launcher_hands_on_is_no_second_ctrl_c_and_a_later_one_is(
+    monkeypatch, launcher, seconds
+):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launcher == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    clock = Clock()
+    with StopSignal(clock) as stop:
         signal.raise_signal(signal.SIGINT)
+        clock.now += seconds
         signal.raise_signal(signal.SIGINT)
         assert stop.received == "SIGINT"
+        clock.now += 0.2
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_forked_process_that_has_changed_nothing_yet_is_not_ended_by_them():
@@ -94,14 +112,6 @@ def test_behind_a_limit_of_cpu_time_python_ends_as_it_wants_to():
         "print(stop.received)\n"
     )
     assert (done.returncode, done.stdout) == (0, "SIGXCPU\n"), done.stderr
-
-
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def test_the_time_of_stop_after_counts_from_the_start():
