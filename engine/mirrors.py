@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import psutil
+
 # What WANDB_MODE can be. dryrun and run are its older names.
 MODES = {"online": "online", "run": "online", "shared": "shared"}
 MODES |= {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}
@@ -58,9 +60,12 @@ class Wandb:
         self.run.finish()
 
     def abandon(self):
-        """It has failed. Otherwise it complains once more when Python ends."""
+        """It has failed, or hangs. Otherwise it complains once more, or waits, when Python ends."""
         import wandb
 
+        for process in psutil.Process().children():
+            if process.name().startswith("wandb"):
+                process.kill()
         wandb.teardown()
 
 

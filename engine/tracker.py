@@ -3,12 +3,13 @@
 import importlib.util
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engine.children import unheard
 from engine.disk import append_whole, write_whole
 from engine.extras import Extras
-from engine.mirrors import MIRRORS, Mirror
+from engine.mirrors import MIRRORS, UPLOAD_SECONDS, Mirror, within
 
 
 class Tracker:
@@ -17,10 +18,20 @@ class Tracker:
     A resumed run first drops the lines behind its checkpoint. Only the first rank has one.
     Neither ends a training: lines that the disk cannot take wait in memory, and a mirror that fails
     is said once and left out. None asks anything.
+
+    seconds: in which a mirror must have answered. One that hangs has failed.
     """
 
-    def __init__(self, run, project_name: str, config: dict, extras: Extras | None = None):
+    def __init__(
+        self,
+        run,
+        project_name: str,
+        config: dict,
+        extras: Extras | None = None,
+        seconds: float = 1.5 * UPLOAD_SECONDS,
+    ):
         self.path, self.extras = run.folder / "metrics.jsonl", extras or Extras()
+        self.seconds = seconds
         self.waiting = ""  # lines that are not written yet
         step = run.state.get("step", -1)  # without a checkpoint step 0 comes again too
         kept = [m for m in read_metrics(self.path) if m["step"] <= step]
@@ -70,11 +81,11 @@ class Tracker:
         """One that fails is left out from then on."""
         for mirror in list(self.mirrors):
             with self.extras.attempt(mirror.name):
-                action(mirror)
+                within(self.seconds, partial(action, mirror))
                 continue
             self.mirrors.remove(mirror)
             with self.extras.attempt(mirror.name):
-                mirror.abandon()
+                within(self.seconds, mirror.abandon)
 
     def finish(self):
         if self.waiting:

@@ -128,6 +128,29 @@ def test_a_wandb_that_fails_is_left_out_from_then_on(tmp_path, monkeypatch, caps
     assert tracker.ids == {"wandb": "abc"}
 
 
+@pytest.mark.slow
+def test_a_wandb_whose_process_hangs_is_ended_and_left_out(tmp_path, run_python, monkeypatch):
+    """In a process of its own: there its end is seen too, where wandb would wait for ever."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = run_python(
+        "import psutil\n"
+        "from pathlib import Path\n"
+        "from engine.runs import Run\n"
+        "from engine.tracker import Tracker\n"
+        f"run = Run(Path({str(tmp_path)!r}))\n"
+        "tracker = Tracker(run, 'project', {'trackers': ['wandb']}, seconds=2)\n"
+        "[core] = psutil.Process().children()\n"
+        "core.suspend()\n"
+        "while tracker.mirrors:\n"
+        "    tracker.log({'train/loss': 2.5}, 1)\n"
+        "tracker.finish()\n"
+        "core.wait(5)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    said = "WARNING: wandb: TimeoutError: no answer in 2 s; training goes on without it."
+    assert done.stdout.splitlines()[-1] == said
+
+
 def test_a_wandb_that_cannot_even_begin_is_left_out(tmp_path, monkeypatch, capsys):
     def fail(**options):
         raise PermissionError("no home")
