@@ -1,5 +1,6 @@
 """The numbers of a run: metrics.jsonl holds them all, wandb and others are mirrors."""
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -94,13 +95,13 @@ class Tracker:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The objects of a metrics.jsonl. A last line that a kill cut short is left out."""
+    """The objects of a metrics.jsonl. A line that is none, or was cut by a kill, is left out."""
     if not path.exists():
         return []
     metrics = []
     for line in path.read_bytes().split(b"\n"):  # not splitlines: a sample may hold a U+2028
-        try:
-            metrics.append(json.loads(line))
-        except ValueError:  # cut inside the JSON or inside a character
-            break
+        with contextlib.suppress(ValueError):  # cut inside the JSON or inside a character
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                metrics.append(record)
     return metrics

@@ -46,6 +46,15 @@ def test_a_line_may_be_cut_anywhere_and_hold_any_character(tmp_path, missing):
     assert [m["step"] for m in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
+def test_lines_that_are_no_metrics_cost_no_others(tmp_path):
+    """As behind a loss of power, or a hand that edited them."""
+    spoilt = b'5\n[]\n{}\nnull\n\0\0\0\n\n{"st'
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + spoilt + b'\n{"step": 2}\n')
+    tracker = Tracker(Run(tmp_path, state={"step": 2}), "project", {"trackers": []})
+    tracker.log({"train/loss": 2.5}, 3)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
 @pytest.mark.slow
 def test_wandb_is_offline_without_an_account_and_never_asks(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
