@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # And what the scripts import only when they need it.
 LIBRARIES = ["wandb", "requests", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "psutil"]
 _NUMBER = struct.Struct("i")
-_servers: list[tuple[subprocess.Popen, socket.socket]] = []
+_channels: list[socket.socket] = []  # to the server of this process, once it is started
 
 
 class Process:
@@ -105,24 +105,30 @@ def run(
 
 
 def end():
-    """End the server of this test process."""
-    for server, channel in _servers:
+    """End the server of this test process, and wait until it is gone."""
+    for channel in _channels:
+        channel.shutdown(socket.SHUT_WR)
+        channel.recv(1)
         channel.close()
-        server.wait()
-    _servers.clear()
+    _channels.clear()
 
 
 def _server() -> socket.socket:
     """The channel to the server, which is started where there is none yet."""
-    if not _servers:
+    if not _channels:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         command = [sys.executable, __file__, str(theirs.fileno())]
-        server = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        # It leaves the tests' process at once: no test finds a child that is not its own.
+        subprocess.run(
+            command,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            check=True,
         )
         theirs.close()
-        _servers.append((server, ours))
-    return _servers[0][1]
+        _channels.append(ours)
+    return _channels[0]
 
 
 # --- in the server ------------------------------------------------------------------------------
@@ -217,6 +223,8 @@ def leave(status: list[int]):
 
 
 if __name__ == "__main__":
+    if os.fork():
+        os._exit(0)
     status: list[int] = []
     atexit.register(leave, status)  # the first one is called last
     sys.path[0] = str(ROOT)

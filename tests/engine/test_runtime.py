@@ -1,6 +1,7 @@
 import contextlib
 import random
 import signal
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -291,6 +292,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.received == "SIGINT"
+        time.sleep(0.3)  # as fingers take
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
