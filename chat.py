@@ -24,7 +24,8 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from engine.command import as_command
-from engine.conversation import Chat, StopOnInterrupt, make_sampling
+from engine.conversation import Chat, StopOnInterrupt
+from engine.generation import Sampling
 from engine.model_folder import check_model_folder
 from engine.runs import find_newest_final
 from web.replies import Models
@@ -40,7 +41,7 @@ def stream_reply(chat: Chat, text: str):
     stop = StopOnInterrupt()
     previous = signal.signal(signal.SIGINT, lambda *_: setattr(stop, "interrupted", True))
     try:
-        streamer = TextStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextStreamer(chat.tokenizer, skip_special_tokens=True)
         chat.reply(text, streamer, stop)
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -146,7 +147,7 @@ def parse() -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace):
-    sampling = make_sampling(**{key: getattr(arguments, key) for key in SAMPLING})
+    sampling = Sampling(**{key: getattr(arguments, key) for key in SAMPLING})
     folders = arguments.compare or [arguments.model]
     output_dir, stage = arguments.output_dir, arguments.stage
     folders = [str(folder or find_newest_final(output_dir, stage)) for folder in folders]

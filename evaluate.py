@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from corpus.documents import iter_documents
 from corpus.exam import EXAMPLES, LETTERS, Question, read_questions
 from corpus.exam_prompts import wording_of
+from engine.answers import answer_log_probs
 from engine.command import as_command
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
@@ -117,49 +119,69 @@ def _in_batches(items, size: int):
 def multiple_choice(model, tokenizer, questions, shots: int, by_text: bool, max_length: int):
     """Accuracy by the options' summed and by their length-normalised log-probs.
 
-    The option is its letter, or with by_text its words (then the letters are not shown). Before
-    each question `shots` of its subject are shown solved: those of its dev split, else the first
-    of the subject. They are not scored.
+    The option is its letter, or with by_text its words (then the letters are not shown).
+    """
+    asked = ask(tokenizer, questions, shots, by_text, max_length)
+    rights: dict[str, dict[str, list]] = defaultdict(
+        lambda: {"summed": [], "normalized": [], "chance": []}
+    )
+    with Progress("Evaluating", sum(map(len, asked.values())), "question") as progress:
+        for subject, posed in asked.items():
+            prompts, options = [p.prompt for p in posed], [p.options for p in posed]
+            scores = answer_log_probs(model, prompts, options, BATCH_TOKENS, progress)
+            for one, log_probs in zip(posed, scores, strict=True):
+                summed = int(np.argmax([o.sum() for o in log_probs]))
+                normalized = int(np.argmax([o.mean() for o in log_probs]))
+                rights[subject]["summed"].append(summed == one.answer)
+                rights[subject]["normalized"].append(normalized == one.answer)
+                rights[subject]["chance"].append(1 / len(one.options))
+    return rights
+
+
+@dataclass
+class Posed:
+    """A question as the model meets it: token ids of the prompt and of each option."""
+
+    prompt: list[int]
+    options: list[list[int]]
+    answer: int  # index into options
+
+
+def ask(tokenizer, questions, shots: int, by_text: bool, max_length: int) -> dict[str, list[Posed]]:
+    """The questions to score, by subject.
+
+    Before each question `shots` of its subject are shown solved: those of its dev split, else the
+    first of the subject. They are not scored. Says what did not fit into max_length tokens.
+
+    Raises:
+        ValueError: no question is left.
     """
     wording = wording_of(questions)
     print(f"The words of the prompt are those of {wording.name}.", flush=True)
     by_subject = defaultdict(list)
     for question in questions:
         by_subject[question.subject].append(question)
-    scored, windows = [], []
+    posed: dict[str, list[Posed]] = {}
     shortened: Counter = Counter()
     for subject, group in by_subject.items():
-        examples, asked = examples_of(group, shots)
-        for question in asked:
+        examples, scored = examples_of(group, shots)
+        for question in scored:
             texts = question.options if by_text else LETTERS[: len(question.options)]
-            encoded = encode_plain(tokenizer, [wording.before_letter + text for text in texts])
-            room = max_length - max(map(len, encoded))
+            options = encode_plain(tokenizer, [wording.before_letter + text for text in texts])
+            room = max(1, max_length - max(map(len, options)))
             render = wording.worded if by_text else wording.lettered
             opening = "" if by_text else wording.opening(question)
-            context = fit_examples(tokenizer, opening, render, examples, question, room, shortened)
-            for option in encoded:
-                ids = (context + option)[-max_length:]
-                windows.append((ids, max(1, len(ids) - len(option))))
-            scored.append((subject, question))
-    for problem, count in shortened.items():
-        print(f"{count:,} of {len(scored):,} questions {problem}.", flush=True)
-    with Progress("Evaluating", len(windows), "option") as progress:
-        log_probs = iter(window_log_probs(model, windows, progress=progress))
-    rights: dict[str, dict[str, list]] = defaultdict(
-        lambda: {"summed": [], "normalized": [], "chance": []}
-    )
-    for subject, question in scored:
-        options = [next(log_probs) for _ in question.options]
-        summed = int(np.argmax([o.sum() for o in options]))
-        normalized = int(np.argmax([o.mean() for o in options]))
-        rights[subject]["summed"].append(summed == question.answer)
-        rights[subject]["normalized"].append(normalized == question.answer)
-        rights[subject]["chance"].append(1 / len(question.options))
-    if not rights:
+            prompt = fit_examples(tokenizer, opening, render, examples, question, room, shortened)
+            one = Posed(prompt[-room:], options, question.answer)
+            posed.setdefault(subject, []).append(one)
+    count = sum(map(len, posed.values()))
+    for problem, number in shortened.items():
+        print(f"{number:,} of {count:,} questions {problem}.", flush=True)
+    if not posed:
         raise ValueError(
             f"No question is left to score after {shots} shots per subject: lower --shots."
         )
-    return rights
+    return posed
 
 
 def examples_of(group: list[Question], shots: int) -> tuple[list[Question], list[Question]]:

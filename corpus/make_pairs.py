@@ -6,10 +6,9 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
-import torch
 import xxhash
 
 from corpus.cache import noted
@@ -17,6 +16,7 @@ from corpus.chat_format import iter_conversations
 from corpus.labelled import Example, Labels, example_of
 from corpus.readers import input_error, iter_records
 from corpus.transcripts import pair_record
+from engine.generation import BATCH, Sampling, complete
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import track
 
@@ -49,21 +49,15 @@ def make_pairs(
     labels = Labels()
     counts: Counter = Counter()
     count = sum(1 for _ in map(labels.add, _examples(prompts_path, limit, Counter())))
-    examples = _examples(prompts_path, limit, counts)
+    examples = track(_examples(prompts_path, limit, counts), "Making pairs", count, "prompt")
     with open(output, "a", encoding="utf-8") as stream:
-        for example in track(examples, "Making pairs", count, "prompt"):
-            key = _key(example.prompt)
-            if key in done:
-                counts["prompt is there already"] += example.is_good is None
-                continue
-            done.add(key)
-            pairs = labels.pairs(example, counts)
-            if not pairs and example.is_good is not False:
-                pairs = _with_sample(model, tokenizer, example, max_new_tokens, counts)
-            records = [pair_record(example.prompt, *pair) for pair in pairs]
-            stream.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        new = _not_done(examples, done, counts)
+        while batch := list(islice(new, BATCH)):
+            for example, pairs in _pairs(model, tokenizer, batch, labels, max_new_tokens, counts):
+                records = [pair_record(example.prompt, *pair) for pair in pairs]
+                stream.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+                counts["pairs"] += len(pairs)
             stream.flush()
-            counts["pairs"] += len(pairs)
     written, _ = counts.pop("pairs", 0), counts.pop("read", 0)
     left = {reason: n for reason, n in counts.items() if n and not reason.startswith("noted: ")}
     reasons = ", ".join(f"{n:,} {reason.removeprefix('dropped: ')}" for reason, n in left.items())
@@ -75,8 +69,28 @@ def _examples(path: str, limit: int | None, counts: Counter) -> Iterator[Example
     return islice(iter_conversations(path, partial(example_of, counts=counts), counts), limit)
 
 
-def _with_sample(model, tokenizer, example: Example, max_new_tokens: int, counts: Counter) -> list:
-    rejected = sample_reply(model, tokenizer, example.prompt, max_new_tokens)
+def _not_done(examples, done: set[int], counts: Counter) -> Iterator[Example]:
+    """The first example of each prompt that has no pair yet."""
+    for example in examples:
+        key = _key(example.prompt)
+        if key in done:
+            counts["prompt is there already"] += example.is_good is None
+        else:
+            done.add(key)
+            yield example
+
+
+def _pairs(model, tokenizer, batch, labels: Labels, max_new_tokens: int, counts: Counter):
+    """Yields each example with its pairs: of labelled answers, otherwise with the model's own."""
+    labelled = [labels.pairs(example, counts) for example in batch]
+    alone = [not pairs and e.is_good is not False for e, pairs in zip(batch, labelled, strict=True)]
+    prompts = [example.prompt for example in compress(batch, alone)]
+    samples = iter(sample_replies(model, tokenizer, prompts, max_new_tokens))
+    for example, pairs, is_alone in zip(batch, labelled, alone, strict=True):
+        yield example, _with_sample(example, next(samples), counts) if is_alone else pairs
+
+
+def _with_sample(example: Example, rejected: str, counts: Counter) -> list[tuple[str, str]]:
     if not rejected.strip():
         counts["sample is empty"] += 1
         return []
@@ -107,19 +121,15 @@ def _key(prompt: list[dict]) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(prompt, sort_keys=True).encode())
 
 
-def sample_reply(model, tokenizer, prompt: list[dict], max_new_tokens: int) -> str:
-    """One sampled answer. It depends on the prompt, not on the order of the prompts."""
-    encoded = tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(model.device)
-    torch.manual_seed(random.Random(json.dumps(prompt, sort_keys=True)).getrandbits(63))
-    with fast_inference(model):
-        output = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=TEMPERATURE,
-            top_p=TOP_P,
+def sample_replies(model, tokenizer, prompts: list[list[dict]], max_new_tokens: int) -> list[str]:
+    """A sampled answer to each. It depends on the prompt, not on the order of the prompts."""
+    ids, seeds = [], []
+    for prompt in prompts:
+        encoded = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True
         )
-    return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids.append(encoded["input_ids"])
+        seeds.append(random.Random(json.dumps(prompt, sort_keys=True)).getrandbits(63))
+    with fast_inference(model):
+        replies = complete(model, ids, Sampling(max_new_tokens, TEMPERATURE, TOP_P), seeds)
+    return [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from engine.cadence import AUTO
+from engine.generation import Sampling, complete
 from engine.progress import track
 from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.sharding import whole_model
@@ -70,26 +71,14 @@ def sample(model, tokenizer, prompts: list[str], rt: Runtime, max_new_tokens: in
     sharded, and all come to the same collectives whichever of them fails.
     """
     whole = whole_model(model)
-    samples = [""] * len(prompts)
-    with evaluating(whole):
-        for index, prompt in enumerate(prompts):
-            rt.give_way()
-            with rt.extras.attempt("samples"):
-                samples[index] = _continue(whole, tokenizer, prompt, rt, max_new_tokens)
+    samples, ids = [""] * len(prompts), dict[int, list[int]]()
+    sampling = Sampling(max_new_tokens, temperature=0.7, top_p=0.9)
+    rt.give_way()
+    for index, prompt in enumerate(prompts):
+        with rt.extras.attempt("samples"):
+            ids[index] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    with evaluating(whole), rt.extras.attempt("samples"), rt.autocast():
+        found = complete(whole, list(ids.values()), sampling, seeds=[0] * len(ids))
+        for index, new_ids in zip(ids, found, strict=True):
+            samples[index] = tokenizer.decode(new_ids, skip_special_tokens=True)
     return samples
-
-
-def _continue(model, tokenizer, prompt: str, rt: Runtime, max_new_tokens: int) -> str:
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    torch.manual_seed(0)
-    with rt.autocast():
-        output = model.generate(
-            ids.to(rt.device),
-            attention_mask=torch.ones_like(ids).to(rt.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=0.7,
-            top_p=0.9,
-            remove_invalid_values=True,  # a ruined model's NaN; the loop reports it
-        )
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

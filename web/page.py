@@ -4,6 +4,7 @@ import html
 import os
 import random
 from collections.abc import Iterator
+from dataclasses import asdict
 
 # Before gradio is imported: it would tell its makers that it runs.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -12,7 +13,7 @@ import fastapi
 import gradio as gr
 
 from corpus.messages import text_of
-from engine.conversation import make_sampling
+from engine.generation import Sampling
 from web.replies import Models, stream
 from web.texts import CHINESE, ENGLISH, standings_text, words_for
 from web.votes import CHOICES, Comparison, Side, Votes, shuffle_sides
@@ -68,7 +69,7 @@ def build_page(models: Models, votes: Votes, start: dict) -> gr.Blocks:
 
 
 def _settings(start: dict) -> list[gr.components.Component]:
-    """System message, what make_sampling takes, and the seed, in this order."""
+    """System message, what Sampling takes, and the seed, in this order."""
 
     def slider(name: str, lowest: float, highest: float, step: float) -> gr.Slider:
         value = start[name]
@@ -91,7 +92,7 @@ def _chat_tab(models: Models, inputs: list):
     def answer(message: str, history: list[dict], name: str, system: str, *numbers) -> Iterator:
         *sampling, seed = numbers
         try:
-            chat = models.chat(name, make_sampling(*sampling), seed, system)
+            chat = models.chat(name, Sampling(*sampling), seed, system)
         except (ValueError, OSError) as error:
             gr.Warning(str(error))
             return
@@ -195,7 +196,7 @@ class CompareTab:
         # The second seed differs, so that one model can be compared with itself.
         for place, name in enumerate(shuffle_sides([one, other])):
             try:
-                chat = self.models.chat(name, make_sampling(*sampling), seed + place, system)
+                chat = self.models.chat(name, Sampling(*sampling), seed + place, system)
             except (ValueError, OSError) as error:
                 gr.Warning(str(error))
                 return
@@ -204,7 +205,7 @@ class CompareTab:
                 yield *shown, None, hidden
             sides.append(Side(name, seed + place, texts[place]))
         messages = [*chat.start, {"role": "user", "content": question}]
-        comparison = Comparison(messages, chat.sampling, left=sides[0], right=sides[1])
+        comparison = Comparison(messages, asdict(chat.sampling), left=sides[0], right=sides[1])
         shown = [gr.update(value=text, interactive=True) for text in texts]
         yield *shown, comparison, gr.update(visible=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import TextIteratorStreamer
 
 from engine.conversation import Chat, StopOnInterrupt
+from engine.generation import Sampling
 from engine.model_folder import check_model_folder, open_model_folder
 from engine.runs import SCRIPTS
 
@@ -43,7 +44,7 @@ class Models:
         folders = [*self.first, *runs]
         return {names.get(folder.resolve(), str(folder)): folder for folder in folders}
 
-    def chat(self, name: str, sampling: dict, seed: int | None, system: str | None) -> Chat:
+    def chat(self, name: str, sampling: Sampling, seed: int | None, system: str | None) -> Chat:
         """
         Raises:
             ValueError: there is no such model, or its folder is broken.
@@ -57,7 +58,7 @@ class Models:
 def stream(chat: Chat, text: str) -> Iterator[str]:
     """The reply as far as it is known, again and again. Closing the iterator ends generation."""
     stop = StopOnInterrupt()
-    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(chat.tokenizer, skip_special_tokens=True)
 
     def generate() -> str:
         try:

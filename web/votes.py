@@ -34,7 +34,7 @@ class Comparison:
     """Two replies, of which nobody knows whose they are.
 
     question: plain messages.
-    sampling: what generate() was given.
+    sampling: the fields of generation.Sampling.
     """
 
     question: list[dict]

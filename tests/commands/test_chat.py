@@ -10,10 +10,11 @@ from tiny import sft_config
 import chat
 from chat import side_by_side, width
 from engine.conversation import Chat, StopOnInterrupt
+from engine.generation import Sampling
 from sft_train import train_sft
 
-GREEDY = {"max_new_tokens": 8, "do_sample": False}
-SAMPLED = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.0}
+GREEDY = Sampling(8)
+SAMPLED = Sampling(8, temperature=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_the_same_seed_gives_the_same_reply(chat_model):
 def test_an_interrupt_ends_the_reply_and_not_the_program(chat_model):
     stop = StopOnInterrupt()
     stop.interrupted = True
-    talk = Chat(chat_model, {"max_new_tokens": 60, "do_sample": False}, None, None)
+    talk = Chat(chat_model, Sampling(60), None, None)
     before = talk.prompt_ids("问").shape[1]
     talk.clear()
     talk.reply("问", stop=stop)

@@ -14,6 +14,7 @@ from corpus.exam import Question, read_questions
 from corpus.exam_prompts import CEVAL
 from engine.model_folder import fast_inference, open_model_folder
 from evaluate import (
+    ask,
     bits_per_byte,
     multiple_choice,
     sliding_windows,
@@ -145,33 +146,24 @@ def test_options_of_ten_letters_are_scored_by_themselves(tokenizer):
 
 
 def test_shots_are_shown_solved_and_not_scored(tokenizer):
-    seen, model = [], tiny_model(vocab_size=320).eval()
-    model.model.register_forward_hook(lambda module, args, output: seen.extend(args[0]))
     questions = [Question("x", f"问{i}", ["一", "二"], 1) for i in range(3)]
-    rights = multiple_choice(model, tokenizer, questions, 2, True, 512)
-    assert len(rights["x"]["summed"]) == 1
+    [[one]] = ask(tokenizer, questions, 2, True, 512).values()
     shown = "问0\n答案：二\n\n问1\n答案：二\n\n问2\n答案："
-    assert {tokenizer.decode(ids) for ids in seen} == {shown + "一", shown + "二"}
+    assert tokenizer.decode(one.prompt) == shown
+    assert [tokenizer.decode(ids) for ids in one.options] == ["一", "二"]
+    assert one.answer == 1
     with pytest.raises(ValueError, match=r"No question is left to score after 3 .*: lower --shots"):
-        multiple_choice(model, tokenizer, questions, 3, True, 512)
-
-
-def prompts_of(model) -> list:
-    seen: list = []
-    model.model.register_forward_hook(lambda module, args, output: seen.extend(args[0]))
-    return seen
+        ask(tokenizer, questions, 3, True, 512)
 
 
 def test_shots_are_those_of_dev_under_the_opening_line_and_every_other_question_is_scored(
     tokenizer,
 ):
-    model = tiny_model(vocab_size=320).eval()
-    seen = prompts_of(model)
     questions = [Question("law", "例？", ["甲", "乙"], 1, "dev") for _ in range(2)]
     questions += [Question("law", f"问{i}？", ["甲", "乙"], 0, "val") for i in range(3)]
-    rights = multiple_choice(model, tokenizer, questions, 1, False, 512)
-    assert len(rights["law"]["summed"]) == 3
-    text = tokenizer.decode(seen[0], skip_special_tokens=False)
+    posed = ask(tokenizer, questions, 1, False, 512)["law"]
+    assert len(posed) == 3
+    text = tokenizer.decode(posed[0].prompt, skip_special_tokens=False)
     assert text.startswith(
         "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n\n"
         "例？\nA. 甲\nB. 乙\n答案：B\n\n问"
@@ -180,8 +172,6 @@ def test_shots_are_those_of_dev_under_the_opening_line_and_every_other_question_
 
 
 def test_examples_that_do_not_fit_into_the_context_go_whole_and_are_counted(tokenizer, capsys):
-    model = tiny_model(vocab_size=320).eval()
-    seen = prompts_of(model)
     questions = [Question("x", f"例{i}？", ["甲", "乙"], 1, "dev") for i in range(5)]
     questions += [Question("x", "问？", ["甲", "乙"], 0, "val")]
     one, two = (
@@ -190,12 +180,14 @@ def test_examples_that_do_not_fit_into_the_context_go_whole_and_are_counted(toke
     )
     size = len(encode_plain(tokenizer, [CEVAL.lettered(questions[-1], False)])[0]) + 1
     header = len(encode_plain(tokenizer, [CEVAL.opening(questions[0])])[0])
-    multiple_choice(model, tokenizer, questions, 5, False, header + size + (one + two) // 2)
-    assert tokenizer.decode(seen[0]).count("例") == 1
-    assert tokenizer.decode(seen[0]).startswith("以下是")
+    length = header + size + (one + two) // 2
+    [[posed]] = ask(tokenizer, questions, 5, False, length).values()
+    assert tokenizer.decode(posed.prompt).count("例") == 1
+    assert tokenizer.decode(posed.prompt).startswith("以下是")
     printed = capsys.readouterr().out
     assert "1 of 1 questions are shown fewer than 5 examples: the context is full." in printed
-    multiple_choice(model, tokenizer, questions, 5, False, size)
+    [[posed]] = ask(tokenizer, questions, 5, False, size).values()
+    assert len(posed.prompt) == size - 1
     assert "1 of 1 questions are longer than the context" in capsys.readouterr().out
 
 

@@ -15,7 +15,8 @@ from browser import Browser, serving
 from tiny import dpo_config, peer, sft_config, write_jsonl
 
 from dpo_train import train_dpo
-from engine.conversation import Chat, make_sampling
+from engine.conversation import Chat
+from engine.generation import Sampling
 from sft_train import train_sft
 from web.votes import Standing, Votes
 
@@ -79,7 +80,7 @@ def votes(folder) -> Iterator[Votes]:
 
 def reply_of(folder: Path, model: str, text: str) -> str:
     final = folder / "checkpoints" / model / "final"
-    return Chat(str(final), make_sampling(120, 0, 1, 1), 1, None).reply(text)
+    return Chat(str(final), Sampling(120, 0, 1, 1), 1, None).reply(text)
 
 
 def pairs_of(votes: Votes) -> list[dict]:

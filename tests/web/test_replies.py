@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from engine.conversation import Chat, make_sampling
+from engine.conversation import Chat
+from engine.generation import Sampling
 from web.replies import Models, stream
 
-GREEDY = make_sampling(24, 0, 1, 1)
+GREEDY = Sampling(24, 0, 1, 1)
 
 
 def test_the_runs_are_listed_from_the_last_stage_and_the_newest_run(tmp_path):
@@ -51,7 +52,7 @@ def test_the_stream_grows_to_the_reply_of_the_terminal(base_model):
 
 
 def test_closing_the_stream_ends_generation(base_model):
-    chat = Chat(base_model, make_sampling(10**6, 0, 1, 1), 1, None)
+    chat = Chat(base_model, Sampling(10**6, 0, 1, 1), 1, None)
     replies = stream(chat, "天地")
     next(replies)
     replies.close()  # waits for the thread: a million tokens would take hours
@@ -59,6 +60,5 @@ def test_closing_the_stream_ends_generation(base_model):
 
 
 def test_an_error_of_the_model_reaches_the_reader(base_model):
-    chat = Chat(base_model, GREEDY | {"max_new_tokens": 0}, 1, None)
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        list(stream(chat, "天地"))
+    with pytest.raises(ValueError, match="Prompt 1 of 1 has no tokens"):
+        list(stream(Chat(base_model, GREEDY, 1, None), ""))
