@@ -83,12 +83,11 @@ def score_batch(model, rows: list[Row]) -> Iterator[np.ndarray]:
     )
     mask = row_mask(rows, shared).to(model.device)
     hidden, _, _ = model.model(input_ids, mask, position_ids, cache)
-    predictors = [hidden[n, torch.tensor(row.predictors) - shared] for n, row in enumerate(rows)]
+    places = [[place - shared for place in row.predictors] for row in rows]
+    predictors = torch.cat([hidden[number, of_row] for number, of_row in enumerate(places)])
     targets = torch.tensor([token for row in rows for answer in row.answers for token in answer])
-    backend = model.backend
-    log_probs = backend.token_log_probs(
-        torch.cat(predictors), model.lm_head.weight, targets.to(model.device), backend.chunks
-    )
+    targets, backend = targets.to(hidden.device, torch.long), model.backend
+    log_probs = backend.token_log_probs(predictors, model.lm_head.weight, targets, backend.chunks)
     lengths = [len(answer) for row in rows for answer in row.answers]
     return iter(np.split(log_probs.cpu().numpy().astype(float), np.cumsum(lengths)[:-1]))
 

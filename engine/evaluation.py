@@ -67,8 +67,9 @@ def validate(model, loader, num_bytes: int, rt: Runtime) -> dict[str, float]:
 def sample(model, tokenizer, prompts: list[str], rt: Runtime, max_new_tokens: int = 60):
     """Sampled continuations of rendered prompts, with the same random draws each time.
 
-    One that fails is "" and ends no training. All ranks must call it, because the model may be
-    sharded, and all come to the same collectives whichever of them fails.
+    What fails ends no training: a prompt that cannot be encoded has "", and so have all where
+    generation fails. All ranks must call it, because the model may be sharded, and all come to the
+    same collectives whichever of them fails.
     """
     whole = whole_model(model)
     samples, ids = [""] * len(prompts), dict[int, list[int]]()

@@ -75,6 +75,11 @@ def test_what_prompts_share_is_computed_once_and_single_tokens_cost_none():
     assert shapes == [(1, 9)], "one row has nobody to share with"
 
 
+def test_answers_without_tokens_have_no_scores():
+    [[first, second]] = answer_log_probs(tiny_model().eval(), [[1, 2]], [[[], []]], 10)
+    assert len(first) == len(second) == 0
+
+
 @pytest.mark.parametrize(
     ("lists", "expected"),
     [([[1, 2, 3], [1, 2, 4], [1, 2]], 2), ([[1], [2]], 0), ([[]], 0), ([[1, 2]] * 3, 2)],

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tiny import write_jsonl
 from corpus.readers import iter_records
 from corpus.records import to_pair
 from engine.disk import DiskFullError
+from engine.generation import Sampling
 from web.votes import CHOICES, Comparison, Side, Standing, Votes, record_of, shuffle_sides
 
 QUESTION = [{"role": "user", "content": "红烧肉怎么做？"}]
@@ -31,7 +33,7 @@ for number in range(int(sys.argv[2])):
 
 def comparison(models=("sft/a", "dpo/b"), left="甲", right="乙", question=QUESTION) -> Comparison:
     one, other = models
-    sampling = {"max_new_tokens": 9, "do_sample": False}
+    sampling = asdict(Sampling(9))
     return Comparison(question, sampling, Side(one, 1, left), Side(other, 2, right))
 
 
