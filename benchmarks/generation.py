@@ -149,6 +149,8 @@ def print_processor():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(SIZES), default="28M")
+    tasks = ["replies", "questions"]
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64, help="of a reply, at most")
     parser.add_argument("--questions", type=int, default=24)
@@ -170,8 +172,10 @@ def main():
     print(f"{arguments.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     print(f"prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens")
     with torch.no_grad():
-        compare_replies(model, prompts, arguments.new_tokens, arguments.rounds)
-        compare_questions(model, tokenizer, records, arguments.questions, arguments.rounds)
+        if "replies" in arguments.tasks:
+            compare_replies(model, prompts, arguments.new_tokens, arguments.rounds)
+        if "questions" in arguments.tasks:
+            compare_questions(model, tokenizer, records, arguments.questions, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from itertools import takewhile
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from engine.generation import right_padded
 from engine.preference import shared_question_mask
@@ -74,9 +73,8 @@ def score_batch(model, rows: list[Row]) -> Iterator[np.ndarray]:
     if len(rows) > 1:  # a prompt's last token predicts its answers and is never shared
         shared = common_length([row.prompt[:-1] for row in rows])
     if shared:
-        cache = DynamicCache(config=model.config)
+        cache = SharedCache()
         model.model(torch.tensor([rows[0].prompt[:shared]], device=model.device), cache=cache)
-        cache.batch_repeat_interleave(len(rows))
     input_ids, position_ids = (
         right_padded([getattr(row, name)[shared:] for row in rows]).to(model.device)
         for name in ("ids", "position_ids")
@@ -90,6 +88,28 @@ def score_batch(model, rows: list[Row]) -> Iterator[np.ndarray]:
     log_probs = backend.token_log_probs(predictors, model.lm_head.weight, targets, backend.chunks)
     lengths = [len(answer) for row in rows for answer in row.answers]
     return iter(np.split(log_probs.cpu().numpy().astype(float), np.cumsum(lengths)[:-1]))
+
+
+class SharedCache:
+    """Keys and values that all rows begin with, kept once, with what the model asks of a cache.
+
+    The first update of a layer has them, each later one what rows have behind them.
+    """
+
+    def __init__(self):
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def get_seq_length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int):
+        """keys, values (rows, kv_heads, new, head_dim) -> the same behind what is shared."""
+        if layer == len(self.layers):
+            self.layers.append((keys, values))
+            return keys, values
+        shared = (tensor.expand(len(keys), -1, -1, -1) for tensor in self.layers[layer])
+        pairs = zip(shared, (keys, values), strict=True)
+        return tuple(torch.cat(pair, dim=2) for pair in pairs)
 
 
 def row_mask(rows: list[Row], shared: int) -> torch.Tensor:

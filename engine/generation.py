@@ -49,9 +49,9 @@ class Sampling:
 def generate(
     model, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yields the new tokens of each step: (index of the prompt, token) of every row that goes on.
+    """Yields each step's new tokens: (index of the prompt, token) of every reply that goes on.
 
-    A row ends behind an end token, which is its last. Leave the loop to end all of them.
+    A reply ends with an end token, or with max_new_tokens. Leave the loop to end all of them.
 
     Args:
         model: a CustomLLM in eval mode. Its generation_config has the end tokens.
@@ -65,7 +65,8 @@ def generate(
         return
     if not all(prompts):
         raise ValueError(f"Prompt {prompts.index([]) + 1} of {len(prompts)} has no tokens.")
-    lengths, rows = torch.tensor([len(ids) for ids in prompts]), list(range(len(prompts)))
+    lengths = torch.tensor([len(ids) for ids in prompts])
+    rows = list(range(len(prompts)))  # of each row of the batch the index of its prompt
     choose, ends = TokenChoice(model, prompts, sampling, seeds), end_tokens(model)
     cache = RowCache()
     hidden, _, _ = model.model(right_padded(prompts).to(model.device), cache=cache)
@@ -101,7 +102,7 @@ def end_tokens(model) -> set[int]:
 
 
 def right_padded(prompts: list[list[int]]) -> torch.Tensor:
-    """int64 (rows, length of the longest)."""
+    """int64 (rows, length of the longest), with zeros behind."""
     ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)

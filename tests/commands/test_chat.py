@@ -61,6 +61,17 @@ def test_the_same_seed_gives_the_same_reply(chat_model):
     assert one == other
 
 
+def test_a_reply_and_what_is_streamed_are_the_text_of_transformers_generate(chat_model, capsys):
+    talk = Chat(chat_model, GREEDY, None, None)
+    ids = talk.prompt_ids("问")
+    found = talk.model.generate(ids, max_new_tokens=8, do_sample=False)
+    expected = talk.tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+    talk.clear()
+    chat.stream_reply(talk, "问")
+    assert talk.messages[-1] == {"role": "assistant", "content": expected}
+    assert capsys.readouterr().out == expected + "\n"
+
+
 def test_an_interrupt_ends_the_reply_and_not_the_program(chat_model):
     stop = StopOnInterrupt()
     stop.interrupted = True
