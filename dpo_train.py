@@ -192,7 +192,7 @@ def train_dpo(
         log.samples(SAMPLE_PROMPTS, samples, start_step)
 
     # 8. Loop
-    with rt.stop.after(config["stop_after"]) as stop, explain_oom(), log:
+    with rt.stop.after(config["stop_after"]) as stop, explain_oom(), rt.writer, log:
         for step, micro_batches in loader:  # steps count from 1
             # Every loss is divided by the pairs of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.
@@ -238,6 +238,7 @@ def train_dpo(
                 raise SystemExit(0)
             if collapse.collapsed and config["stop_on_collapse"]:
                 log.finish()
+                rt.writer.wait()
                 raise guards.NumericalError(
                     f"Stopped at step {step} by stop_on_collapse; saved {run.checkpoint}."
                 )

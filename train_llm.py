@@ -171,7 +171,7 @@ def train(
     prompts = SAMPLE_PROMPTS
 
     # 8. Loop
-    with rt.stop.after(config["stop_after"]) as stop, explain_oom(), log:
+    with rt.stop.after(config["stop_after"]) as stop, explain_oom(), rt.writer, log:
         for step, micro_batches in loader:  # steps count from 1
             # Every loss is divided by the targets of the whole step, over all micro-batches and
             # ranks: many small batches give exactly the gradient of one large batch.

@@ -3,17 +3,22 @@
 import hashlib
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_model
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import GenerationConfig
 
 from engine.disk import atomic_folder, make_newest, remove
 from engine.guards import NumericalError
+from engine.host_memory import free_host_memory
 from engine.runtime import Runtime
-from engine.sharding import gather, whole_model
+from engine.sharding import gather, whole_model, with_tensors
 from tokenizer import END_OF_TEXT, IM_END
+
+SPARE = 2**29  # bytes of this machine's memory that a copy leaves free
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -23,13 +28,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def save(run, model, optimizers, rt: Runtime, state: dict, config: dict) -> Path:
     """Write step_<step> whole or not at all, then drop old ones: the newest and the best stay.
 
-    All ranks must call it, because model and optimizers may be sharded. The first one writes.
+    All ranks must call it, because model and optimizers may be sharded. The first one writes. In
+    the context of rt.writer this returns when everything is copied, and a thread writes the copy.
 
     state: JSON-able; it holds "step", and "val_loss" (or None) to find the best.
 
     Raises:
         NumericalError: the weights are not finite.
+        DiskFullError: the disk is full, or was at the save before.
     """
+    rt.writer.wait()
     target = run.folder / f"step_{state['step']:08d}"
     tensors = {
         "optimizers": gather([optimizer.state_dict() for optimizer in optimizers]),
@@ -38,20 +46,64 @@ def save(run, model, optimizers, rt: Runtime, state: dict, config: dict) -> Path
     model = whole_model(model)
     if not rt.is_main or target.exists():
         return target
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+    if not _all_finite(model):
         raise NumericalError(
             f"Stopped at step {state['step']}: its weights are not finite and were not saved; the "
             f"last good checkpoint is {run.checkpoint}."
         )
+    text = json.dumps(state, indent=1, ensure_ascii=False)
+    rest = run, target, text, config["keep_checkpoints"], rt
+    if rt.writer.is_open and _can_copy(model, tensors, rt):
+        whole = with_tensors(model, _on_host(model.state_dict(keep_vars=True)))
+        rt.writer.start(partial(write, whole, _on_host(tensors), *rest))
+    else:
+        write(model, tensors, *rest)
+    return target
+
+
+def write(model, tensors: dict, run, target: Path, state: str, keep: int, rt: Runtime):
+    """All that save() does with the disk."""
     with atomic_folder(target) as folder:
         model.save_pretrained(folder, max_shard_size="1TB")
         torch.save(tensors, folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps(state, indent=1, ensure_ascii=False))
+        (folder / "state.json").write_text(state)
         sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
         (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
     run.checkpoint = target
-    _drop_old(run.folder, config["keep_checkpoints"], rt)
-    return target
+    _drop_old(run.folder, keep, rt)
+
+
+def _all_finite(model) -> bool:
+    """In one pass, and the device is waited for once: an inf or NaN is among the extremes."""
+    extremes = [extreme for p in model.parameters() for extreme in torch.aminmax(p.detach())]
+    return bool(torch.isfinite(torch.stack(extremes)).all())
+
+
+def _can_copy(model, tensors: dict, rt: Runtime) -> bool:
+    """Whether this machine has memory for a copy. If not, one line says so."""
+    parts = [*model.parameters(), *tree_leaves(tensors)]
+    needed = sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
+    if (free := free_host_memory()) >= needed + SPARE:
+        return True
+    rt.extras.warn(
+        "saving beside training",
+        f"a copy takes {needed / 2**30:.2f} GiB of this machine's memory, and "
+        f"{max(free, 0) / 2**30:.2f} GiB are free",
+        "training waits until a checkpoint is written",
+    )
+    return False
+
+
+def _on_host(state):
+    """A nested state, copied into this machine's memory. A tensor that is in it twice stays one."""
+    copies: dict[int, torch.Tensor] = {}
+
+    def copied(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+        return copies[id(tensor)]
+
+    return tree_map_only(torch.Tensor, copied, state)
 
 
 def _drop_old(folder: Path, keep: int, rt: Runtime):

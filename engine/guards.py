@@ -25,7 +25,7 @@ class FiniteGuard:
     """
 
     def __init__(self, run, order: StepSampler, rt: Runtime):
-        self.run, self.order, self.scaler = run, order, rt.scaler
+        self.run, self.order, self.scaler, self.writer = run, order, rt.scaler, rt.writer
         self.grad_norms: list[tuple[int, torch.Tensor]] = []  # since the last check
 
     def note(self, step: int, grad_norm: torch.Tensor):
@@ -46,6 +46,7 @@ class FiniteGuard:
             problem = f"the fp16 loss scale has collapsed to {scale:.3g}"
         else:
             return
+        self.writer.wait()
         last = self.run.checkpoint
         good = f"the last good checkpoint is {last}" if last else "none saved"
         raise NumericalError(

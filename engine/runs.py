@@ -325,5 +325,6 @@ def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
 def say_how_to_resume(run: Run, stop, rt: Runtime):
     words = [] if run.resume else ["--resume", "auto"]
     command = typed_command(*words) or "the same call"  # in a notebook
+    rt.writer.wait()
     by = stop.received or "a signal to another rank"
     rt.say(f"Stopped by {by}; saved {run.checkpoint}. Resume with: {command}")

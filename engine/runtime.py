@@ -23,6 +23,7 @@ from engine.children import shield_compilers
 from engine.device import check_card_is_usable, check_kernels, describe_old_card
 from engine.extras import Extras
 from engine.stop import GivenUp, StopSignal
+from engine.writer import Writer
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Runtime:
 
     dtype: of matrix products under autocast; None: fp32. scaler: of fp16's loss, otherwise
     disabled. accelerator: None where nothing is distributed. started: by time.monotonic().
-    stop: whether the run was asked to end. extras: what may fail without ending it.
+    stop: whether the run was asked to end. extras: what may fail without ending it. writer: of
+    checkpoints.
     """
 
     device: torch.device
@@ -43,6 +45,7 @@ class Runtime:
     started: float = field(default_factory=time.monotonic)
     stop: StopSignal = field(default_factory=StopSignal)
     extras: Extras = field(default_factory=Extras)
+    writer: Writer = field(default_factory=Writer)
 
     @property
     def is_main(self) -> bool:

@@ -3,6 +3,8 @@
 What leaves a sharded run is gathered first. Its checkpoints are those of a single process.
 """
 
+import copy
+
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -57,8 +59,13 @@ def whole_model(model):
     """The model itself, or a whole copy of a sharded one. All ranks must call it."""
     if not any(isinstance(module, FSDPModule) for module in model.modules()):
         return model
+    return with_tensors(model, gather(model.state_dict()))
+
+
+def with_tensors(model, state: dict):
+    """A model of the same kind that consists of these tensors."""
     with torch.device("meta"):
-        whole = type(model)(model.config)
-    whole.load_state_dict(gather(model.state_dict()), assign=True)
-    whole.tie_weights()
-    return whole
+        other = type(model)(copy.deepcopy(model.config))
+    other.load_state_dict(state, assign=True)
+    other.tie_weights()
+    return other
