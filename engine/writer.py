@@ -4,6 +4,7 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 
 from engine.children import unheard
 
@@ -20,13 +21,13 @@ class Writer:
     def __init__(self):
         self.is_open = False
         self.thread: threading.Thread | None = None
-        self.error: BaseException | None = None
+        self.written = futures.Future[None]()  # of the thread
         self.began = self.ended = 0.0
 
     @property
     def seconds(self) -> float:
         """How long the last writing took, or has taken so far."""
-        is_writing = self.thread is not None and self.thread.is_alive()
+        is_writing = self.thread is not None and not self.written.done()
         return (time.perf_counter() if is_writing else self.ended) - self.began
 
     def __enter__(self) -> "Writer":
@@ -44,27 +45,28 @@ class Writer:
     def start(self, write: Callable[[], None]):
         """Raises what the writing before raised."""
         self.wait()
-        self.began = time.perf_counter()
-        self.thread = threading.Thread(target=self._run, args=(write,), name="writer")
+        self.written, self.began = futures.Future(), time.perf_counter()
+        thread = threading.Thread(target=self._run, args=(write,), name="writer")
         with unheard():  # a signal to this process must wake its main thread
-            self.thread.start()
+            thread.start()
+            self.thread = thread
 
     def wait(self):
-        """Until all is written. Raises what the writing raised."""
+        """Until all is written. Raises what the writing raised, once."""
         if self.thread is not None:
-            self.thread.join()
+            futures.wait([self.written])  # Thread.join takes a thread for dead after a Ctrl-C
             self.thread = None
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
+            self.written.result()
 
     def _run(self, write: Callable[[], None]):
         try:
             write()
-        except BaseException as error:  # it is raised in wait()
-            self.error = error
-        finally:
+        except BaseException as error:  # raised by wait()
             self.ended = time.perf_counter()
+            self.written.set_exception(error)
+        else:
+            self.ended = time.perf_counter()
+            self.written.set_result(None)
 
     def _end(self):
         """Raise KeyboardInterrupt in the thread, if it still runs, as Python does in the main one.
@@ -75,5 +77,5 @@ class Writer:
             number = ctypes.c_ulong(self.thread.ident or 0)
             interrupt = ctypes.py_object(KeyboardInterrupt)
             ctypes.pythonapi.PyThreadState_SetAsyncExc(number, interrupt)
-            self.thread.join()
-            self.thread = self.error = None
+            futures.wait([self.written])
+            self.thread = None
