@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -60,7 +61,7 @@ def phases_of(stage: str) -> dict[str, tuple[str, str]]:
         **PREPARE[stage],
         "step": ("engine.optim.set_learning_rate", "engine.optim.step"),
         "validation": (VALIDATE[stage],) * 2,
-        "checkpoint": ("engine.checkpoint.save",) * 2,
+        "checkpoint": ("engine.checkpoint.write",) * 2,  # in a thread beside training
         "final save": ("engine.checkpoint.save_final",) * 2,
     }
 
@@ -90,6 +91,7 @@ def watch(stage: str, begin, end):
         return look if code in last else None
 
     sys.settrace(look)
+    threading.settrace(look)
 
 
 def start(stage: str, config: dict, full: tuple[str, int, int] | None = None):

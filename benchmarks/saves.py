@@ -15,10 +15,11 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import peers  # noqa: F401 - finds the project
+import peers
 import torch
 import transformers
 
@@ -27,7 +28,13 @@ from engine.runs import Run
 from engine.runtime import Runtime, keep_freed_memory, make_runtime
 from models import CustomLLM, CustomLLMConfig
 
-SIZES = {"vocab_size": 32_000, "d_model": 768, "n_heads": 12, "n_layers": 12, "d_ff": 2048}
+SIZES: dict[str, Any] = {
+    "vocab_size": 32_000,
+    "d_model": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "d_ff": 2048,
+}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sha_ni")  # that matter here
 
 
@@ -37,7 +44,8 @@ class Training:
     def __init__(self, optimizer: str, tokens: int, folder: Path):
         torch.manual_seed(0)
         self.rt: Runtime = make_runtime(None, peers.DEVICE)
-        self.model = CustomLLM(CustomLLMConfig(max_seq_len=tokens, **SIZES)).to(peers.DEVICE)
+        self.model = CustomLLM(CustomLLMConfig(max_seq_len=tokens, **SIZES))
+        self.rt.place(self.model)
         rates = {"learning_rate": 1e-4, "muon_learning_rate": 1e-4, "weight_decay": 0.1}
         self.optimizers = optim.build(self.model, rates | {"optimizer": optimizer})
         self.ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), device=peers.DEVICE)

@@ -112,11 +112,11 @@ class Cadence:
 
     def _save(self, step: int) -> bool:
         waited = self.clock() - (self.saved or self.meter.started)
-        waited_for = self.meter.last_cost.get("save")  # None: there was no save yet
-        # What is written beside training takes a core and the disk: it costs as much as before.
-        pause = ((waited_for or 0.0) + self.rt.writer.seconds) / SAVING
+        stalled = self.meter.last_cost.get("save")  # None: there was no save yet
+        # What is written beside training takes a core and the disk: it counts as a cost, too.
+        pause = ((stalled or 0.0) + self.rt.writer.seconds) / SAVING
         # At a validation sooner: with its loss a checkpoint may be known as the best.
-        is_early = waited_for is not None and waited >= pause and self._is_due("eval", step)
+        is_early = stalled is not None and waited >= pause and self._is_due("eval", step)
         return is_early or waited >= max(SAVE_SECONDS, pause)
 
     def describe(self) -> list[str]:

@@ -60,6 +60,8 @@ class Writer:
 
     def _run(self, write: Callable[[], None]):
         try:
+            if not self.written.set_running_or_notify_cancel():
+                return
             write()
         except BaseException as error:  # raised by wait()
             self.ended = time.perf_counter()
@@ -74,8 +76,9 @@ class Writer:
         It cannot be left alone: Python's end would abort the process in the middle of torch.save.
         """
         if self.thread is not None:
-            number = ctypes.c_ulong(self.thread.ident or 0)
-            interrupt = ctypes.py_object(KeyboardInterrupt)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(number, interrupt)
-            futures.wait([self.written])
+            if not (self.written.cancel() or self.written.done()):
+                number = ctypes.c_ulong(self.thread.ident or 0)
+                interrupt = ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(number, interrupt)
+            self.thread.join()
             self.thread = None

@@ -161,6 +161,7 @@ def test_the_command_prints_a_plan_for_a_changed_key(monkeypatch, capsys, tmp_pa
         "Parameters: ",
         "Peak of tensors: ",
         "; fits 24 GiB",
+        "Memory of the machine: ",
         "Largest batch_size",
         "tokens/s on an RTX 3090 at 24% to 50%",
         "Time: ",

@@ -1,5 +1,6 @@
 """Checkpoints that a thread writes while training goes on."""
 
+import contextlib
 import copy
 import os
 import signal
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from test_full_disk import full_disk
 from tiny import after_step, cpu_runtime, pretrain_config, tiny_model
 
 from engine import checkpoint, optim
@@ -18,6 +20,7 @@ from engine.disk import DiskFullError
 from engine.guards import FiniteGuard, NumericalError
 from engine.runs import Run, say_how_to_resume
 from engine.stop import StopSignal
+from engine.writer import Writer
 from models import CustomLLM
 from train_llm import train
 
@@ -29,9 +32,10 @@ OPTIMIZER |= {"weight_decay": 0.1}
 class SlowModel(CustomLLM):
     """Its checkpoint is not written before `go` is set, or ten seconds have passed."""
 
-    go = threading.Event()
+    go, begun = threading.Event(), threading.Event()
 
     def save_pretrained(self, *arguments, **options):
+        self.begun.set()
         for _ in range(500):  # the thread can be interrupted between two waits
             if self.go.wait(0.02):
                 break
@@ -43,6 +47,7 @@ class Training:
 
     def __init__(self, folder):
         SlowModel.go.clear()
+        SlowModel.begun.clear()
         self.model = SlowModel(tiny_model().config)
         self.optimizers = optim.build(self.model, OPTIMIZER)
         self.run, self.rt = Run(folder), cpu_runtime(torch.float16)
@@ -157,26 +162,51 @@ def test_a_signal_while_a_checkpoint_is_written_leaves_it_whole(training, number
     assert checkpoint.find_damage(training.run.checkpoint) is None
 
 
+def fail_after_a_save(training, error: BaseException):
+    training.save(1)
+    SlowModel.begun.wait(10)
+    raise error
+
+
 def test_an_error_of_training_waits_for_the_checkpoint(training):
-    with pytest.raises(ZeroDivisionError), training.rt.writer:
-        training.save(1)
-        soon(SlowModel.go.set)
-        raise ZeroDivisionError
+    soon(SlowModel.go.set)
+    with pytest.raises(MemoryError, match="of the card"), training.rt.writer:
+        fail_after_a_save(training, MemoryError("of the card"))
     assert training.names() == [FIRST]
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_a_second_ctrl_c_ends_the_writing_at_once_and_leaves_nothing_half(training, waits):
+def test_a_second_ctrl_c_in_a_step_ends_the_writing_at_once_and_leaves_nothing_half(training):
+    with pytest.raises(KeyboardInterrupt), training.rt.writer:
+        fail_after_a_save(training, KeyboardInterrupt())
+    assert_nothing_was_written(training)
+
+
+def test_a_second_ctrl_c_at_the_end_ends_the_writing_at_once_too(training):
     with pytest.raises(KeyboardInterrupt), StopSignal(), training.rt.writer:
-        training.save(1)
-        written = training.rt.writer.written
-        if waits:  # at the end of the loop
-            soon(lambda: [os.kill(os.getpid(), signal.SIGINT) or time.sleep(0.1) for _ in "12"])
-        else:  # in a step
-            raise KeyboardInterrupt
-    assert written.done() and not SlowModel.go.is_set()
+        soon(press_twice, training.save(1))
+    assert_nothing_was_written(training)
+
+
+def press_twice(_):
+    SlowModel.begun.wait(10)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
+def assert_nothing_was_written(training):
+    assert training.rt.writer.written.done()
+    assert not SlowModel.go.is_set()
     assert training.names() == []
     assert training.run.checkpoint is None
+
+
+def test_a_thread_that_has_hardly_begun_ends_too():
+    for _ in range(50):
+        with contextlib.suppress(KeyboardInterrupt), Writer() as writer:
+            writer.start(lambda: None)
+            raise KeyboardInterrupt
+        assert writer.thread is None
 
 
 def test_python_ends_in_the_middle_of_a_large_file_as_it_does_elsewhere(run_python, tmp_path):
@@ -199,18 +229,13 @@ def test_python_ends_in_the_middle_of_a_large_file_as_it_does_elsewhere(run_pyth
 # --- what goes wrong --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", ["the next save", "the end"])
-def test_a_full_disk_is_raised_by_the_next_save_or_at_the_end(training, who):
-    from test_full_disk import full_disk
-
+@pytest.mark.parametrize("steps", [(2,), (2, 3)], ids=["at the end", "by the next save"])
+def test_a_full_disk_is_raised_at_the_end_or_by_the_next_save(training, steps):
     SlowModel.go.set()
     first = training.save(1)
     message = f"{SECOND} could not be written: File too large .*Free some space and run the same"
     with full_disk(), pytest.raises(DiskFullError, match=message), training.rt.writer:
-        training.save(2)
-        if who == "the next save":
-            training.save(3)
-            pytest.fail("it is raised by the save")
+        [training.save(step) for step in steps]
     assert training.names() == [FIRST]
     assert training.run.checkpoint == first
     training.save(3)  # the error is gone with the one who raised it
@@ -231,7 +256,7 @@ def test_without_memory_for_a_copy_training_waits_and_one_line_says_so(
 
 def test_what_is_written_beside_training_counts_as_the_cost_of_a_save():
     rt, now = cpu_runtime(), 1000.0
-    every = {name: "auto" for name in ("log_every", "eval_every", "sample_every", "save_every")}
+    every = dict.fromkeys(("log_every", "eval_every", "sample_every", "save_every"), "auto")
     loader = SimpleNamespace(total_steps=100, start_step=0)
     meter = SimpleNamespace(spent={}, last_cost={"save": 0.1}, started=0.0)
     cadence = Cadence(every, loader, meter, rt, clock=lambda: now)
