@@ -216,12 +216,11 @@ def describe_memory(step: StepMemory, config: dict, card: Card) -> list[str]:
         f"Peak of tensors: {peak['total'] / 2**30:.2f} GiB ({parts})",
         f"With {CONTEXT_GIB:.0f} GiB of context and {FRAGMENTATION:.0%} fragmentation: "
         f"{needed:.2f} GiB; {verdict} {card.gib:g} GiB (estimated)",
-        f"Memory of the machine: {(peak['param'] + peak['opt']) / 2**30:.2f} GiB for the copy of "
-        "which a checkpoint is written (estimated)",
     ]
     for name, size in memory.largest_batches(step, card.gib).items():
         lines.append(f"Largest batch_size with gradient_checkpointing {name!r}: {size} (estimated)")
-    return lines
+    copy = (peak["param"] + peak["opt"]) / 2**30
+    return [*lines, f"Memory of the machine: {copy:.2f} GiB while a save is written (estimated)"]
 
 
 def measure(stage: Stage, config: dict, model_config: CustomLLMConfig) -> list[str]:

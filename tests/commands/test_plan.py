@@ -241,7 +241,7 @@ class TwentyGib:
     """A step with a peak of 20 GiB."""
 
     def peak(self, batch_size, level):
-        return {"total": 20 * 2**30}
+        return {"total": 20 * 2**30, "param": 2**30, "opt": 2**31}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +253,7 @@ def test_the_memory_is_that_of_the_card(monkeypatch, gib, verdict):
     lines = plan.describe_memory(TwentyGib(), config, cards.CARDS[0]._replace(gib=gib))
     assert f"23.00 GiB; {verdict}" in lines[1]
     assert f"False: {gib * 10}" in lines[2]
+    assert lines[3].startswith("Memory of the machine: 3.00 GiB while a save is written")
 
 
 def test_help_tells_of_both_options(monkeypatch, capsys):

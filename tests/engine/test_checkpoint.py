@@ -98,7 +98,7 @@ def test_a_checkpoint_that_is_there_already_is_not_written_again(tmp_path):
 
 
 def test_an_error_while_saving_leaves_no_half_checkpoint(tmp_path):
-    """The state, which is written behind the tensors, cannot be. A full disk: test_full_disk.py."""
+    """The state cannot be serialized. A full disk: test_full_disk.py, and test_writer.py."""
     run = open_run_in(tmp_path)
     first = save(run, 1)
     with pytest.raises(TypeError, match="not JSON serializable"):
