@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-# And what the scripts import only when they need it.
-LIBRARIES = ["wandb", "requests", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "psutil"]
+# And what the scripts import only when they need it. Not wandb: it makes a folder when it is
+# imported, and the first fork that ends would delete it.
+LIBRARIES = ["requests", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "psutil"]
 _NUMBER = struct.Struct("i")
 _channels: list[socket.socket] = []  # to the server of this process, once it is started
 

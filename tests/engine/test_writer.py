@@ -191,7 +191,7 @@ def press_twice(_):
     SlowModel.begun.wait(10)
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
+        time.sleep(0.3)  # as fingers take
 
 
 def assert_nothing_was_written(training):

@@ -9,13 +9,14 @@ from chat import Chat
 from corpus.chat_format import Renderer, flatten
 from corpus.exam import Question
 from dpo_train import train_dpo
+from engine.generation import Sampling
 from engine.model_folder import open_model_folder
 from evaluate import bits_per_byte, multiple_choice
 from sft_train import train_sft
 from tokenizer import create_tokenizer, encode_plain, token_byte_lengths
 from train_llm import train
 
-GREEDY = {"max_new_tokens": 4, "do_sample": False}
+GREEDY = Sampling(max_new_tokens=4)
 SHORT = {"max_steps": 2, "num_epochs": 1, "eval_every": 0, "save_every": 0}
 TALK = [
     {"role": "system", "content": "你是 a helper。"},

@@ -147,7 +147,7 @@ def test_stop_ends_a_reply_and_the_page_goes_on(browser, folder):
     say(browser, "问1")
     browser.wait(lambda: "".join(browser.texts(BOT)[1:]))
     assert browser.texts(BOT)[:1] == stopped
-    chat = Chat(str(folder / "checkpoints/pretrain/base/final"), {}, None, None)
+    chat = Chat(str(folder / "checkpoints/pretrain/base/final"), Sampling(1), None, None)
     assert len(chat.tokenizer(stopped[0])["input_ids"]) < 1000
 
 
