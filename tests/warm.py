@@ -65,13 +65,24 @@ class Process:
 
 
 def start(
-    command: list[str], folder: Path, stdout: IO, stderr: IO, stdin: IO | None = None, **environment
+    command: list[str],
+    folder: Path,
+    stdout: IO,
+    stderr: IO,
+    stdin: IO | None = None,
+    measured: bool = False,
+    **environment,
 ) -> Process:
-    """What `python script.py …` or `python -c …` starts, in a session of its own."""
+    """What `python script.py …` or `python -c …` starts, in a session of its own.
+
+    measured: by coverage, where the tests are. It would hang for ever where a signal raises an
+        error while it holds its lock.
+    """
     command = list(map(str, command))
     request = {
         "command": command,
         "folder": str(folder),
+        "measured": measured,
         "environment": os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
     }
     reader, writer = os.pipe()
@@ -94,7 +105,8 @@ def run(
         streams = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(3)]
         streams[0].write(typed.encode())
         streams[0].seek(0)
-        process = start(command, folder, streams[1], streams[2], streams[0], **environment)
+        stdin, stdout, stderr = streams
+        process = start(command, folder, stdout, stderr, stdin, measured=True, **environment)
         try:
             process.wait(timeout)
         finally:
@@ -180,8 +192,15 @@ def _take_over(request: dict, streams: list[int]):
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.stdin, sys.stdout, sys.stderr = map(_open_stream, range(3))
+    if not request["measured"] and (coverage := _coverage()):
+        coverage.stop()
     sys.orig_argv = request["command"]
     sys.argv = request["command"][1:]
+
+
+def _coverage():
+    """What measures this process, if anything does."""
+    return sys.modules["coverage"].Coverage.current() if "coverage" in sys.modules else None
 
 
 def _open_stream(number: int) -> IO:
@@ -218,6 +237,9 @@ def run_main() -> int:
 def leave(status: list[int]):
     """The last thing at exit: not to take apart what was imported, which takes a second."""
     if status:
+        if coverage := _coverage():  # it would save what it measured behind this
+            coverage.stop()
+            coverage.save()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status[0])
