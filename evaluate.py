@@ -20,6 +20,7 @@ from corpus.exam import EXAMPLES, LETTERS, Question, read_questions
 from corpus.exam_prompts import wording_of
 from engine.answers import answer_log_probs
 from engine.command import as_command
+from engine.generation import right_padded
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
 from engine.runs import find_newest_final
@@ -34,7 +35,6 @@ def window_log_probs(
     model,
     windows: list[tuple[list[int], int]],
     batch_tokens: int = BATCH_TOKENS,
-    progress: Progress | None = None,
 ) -> list[np.ndarray]:
     """Log-probs (nats) of each window's ids from position `first` on (first >= 1).
 
@@ -46,11 +46,8 @@ def window_log_probs(
     while order:
         longest = len(windows[order[-1]][0])
         batch = [order.pop() for _ in range(min(len(order), max(1, batch_tokens // longest)))]
-        input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, index in enumerate(batch):
-            ids = windows[index][0]
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-        hidden, _, _ = model.model(input_ids.to(model.device))
+        input_ids = right_padded([windows[index][0] for index in batch]).to(model.device)
+        hidden, _, _ = model.model(input_ids)
         for row, index in enumerate(batch):
             ids, first = windows[index]
             predictors = hidden[row, first - 1 : len(ids) - 1]
@@ -59,8 +56,6 @@ def window_log_probs(
                 predictors, model.lm_head.weight, targets, backend.chunks
             )
             results[index] = log_probs.cpu().double().numpy()
-        if progress:
-            progress.add(len(batch))
     return results
 
 

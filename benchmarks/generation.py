@@ -11,11 +11,10 @@ trained on it. One token in a hundred ends a reply, so that replies differ in le
 
 import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
-from peers import ROOT, print_table, read_jsonl
+from peers import ROOT, describe_cpu, print_table, read_jsonl
 
 from corpus.exam import Question
 from engine.answers import answer_log_probs
@@ -139,13 +138,6 @@ def compare_questions(model, tokenizer, records: list[dict], count: int, rounds:
         compare(tasks, "questions/s", rounds, lambda scores: len(scores) // 4)
 
 
-def print_processor():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    found = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
-    flags = [flag for flag in found.get("flags", "").split() if flag.startswith(("avx", "amx"))]
-    print(f"{found.get('model name', 'processor unknown').strip()}; flags: {' '.join(flags)}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(SIZES), default="28M")
@@ -156,7 +148,7 @@ def main():
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    print_processor()
+    print(describe_cpu())
     records = read_jsonl(ROOT / "data/sft_sample.jsonl", 800)
     tokenizer = train_tokenizer([r["instruction"] + r["response"] for r in records], 6400)
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ SIZES: dict[str, Any] = {
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if has_native_bf16(DEVICE) else None
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sha_ni")  # of a CPU, that matter here
 
 
 class StandIn(ModuleType):
@@ -123,6 +125,16 @@ def run_rounds(script: str, folder: Path, variants: list[str], rounds: int, data
             results[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {name}: {results[name][-1]}", file=sys.stderr, flush=True)
     return results
+
+
+def describe_cpu() -> str:
+    """Its name, its cores and those of its flags that matter, as Linux tells them."""
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    fields = {name.strip(): value for name, value in re.findall(r"^(.+?): (.*)$", text, re.M)}
+    flags = " ".join(flag for flag in FLAGS if flag in fields.get("flags", "").split())
+    name = fields.get("model name", "processor unknown")
+    return f"{name}, {os.cpu_count()} cores, flags {flags}"
 
 
 def print_table(results: dict, columns: dict[str, str], ours: str, dtype=DTYPE):

@@ -10,7 +10,6 @@ thread writes, against the steps before and behind.
 
 import argparse
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -35,7 +34,6 @@ SIZES: dict[str, Any] = {
     "n_layers": 12,
     "d_ff": 2048,
 }
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "sha_ni")  # that matter here
 
 
 class Training:
@@ -88,14 +86,6 @@ def measure(training: Training) -> dict[str, float]:
     }
 
 
-def describe_cpu() -> str:
-    """Its name and those of its flags that matter."""
-    about = Path("/proc/cpuinfo").read_text()
-    fields = {name.strip(): value for name, value in re.findall(r"^(.+?): (.*)$", about, re.M)}
-    flags = " ".join(flag for flag in FLAGS if flag in fields["flags"].split())
-    return f"{fields['model name']}, {os.cpu_count()} cores, flags {flags}"
-
-
 def main():
     parser = argparse.ArgumentParser(description="What a save costs training.")
     parser.add_argument("--rounds", type=int, default=5)
@@ -112,7 +102,8 @@ def main():
         rounds = [measure(training) for _ in range(arguments.rounds)]
         size = sum(path.stat().st_size for path in training.run.checkpoint.iterdir())
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"{describe_cpu()}; load {load}; {arguments.optimizer}, {size / 2**30:.2f} GiB a save")
+    print(f"{peers.describe_cpu()}; load {load}")
+    print(f"{arguments.optimizer}, {size / 2**30:.2f} GiB a save")
     print("\n| | median | lowest | highest |\n|---|---|---|---|")
     for row in rounds[0]:
         values = [numbers[row] for numbers in rounds]

@@ -17,6 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from corpus.folders import is_no_data, say_once
+from corpus.messages import is_missing
 from corpus.readers import find_files, format_of, input_error, iter_records, read_text
 
 LETTERS = [*string.ascii_uppercase]
@@ -56,8 +57,9 @@ def read_questions(path: str) -> list[Question]:
         subject, split = subject_and_split(file, root)
         for line, record in _iter_csv(file) if file.suffix == ".csv" else iter_records(file):
             read[split] += 1
-            if _can_be_scored(record, file, line):
-                questions.append(_parse_question(record, subject, split, file, line))
+            lowered = _lowered(record, file, line)
+            if _can_be_scored(lowered):
+                questions.append(_parse_question(lowered, subject, split, file, line))
             else:
                 unanswered[split] += 1
                 keys = keys or [*record]
@@ -130,11 +132,15 @@ def _iter_csv(path: Path) -> Iterator[tuple[int, dict]]:
             yield reader.line_num, dict(zip(names, values, strict=False))
 
 
-def _is_missing(value) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+def _is_empty(value) -> bool:
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
-def _lowered(record: dict) -> dict:
+def _lowered(record, path: Path, line: int) -> dict:
+    """With keys in small letters. Raises ValueError for what is no object."""
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise input_error(path, line, f"a question must be an object, found {kind}.")
     return {str(key).lower(): value for key, value in record.items()}
 
 
@@ -142,20 +148,15 @@ def _answer_of(record: dict):
     return record.get("answer", record.get("answerkey"))
 
 
-def _can_be_scored(record, path: Path, line: int) -> bool:
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise input_error(path, line, f"a question must be an object, found {kind}.")
-    record = _lowered(record)
+def _can_be_scored(record: dict) -> bool:
     answer, text = _answer_of(record), record.get("question", "none")
-    return not _is_missing(answer) and answer != -1 and not _is_missing(text)
+    return not _is_empty(answer) and answer != -1 and not _is_empty(text)
 
 
 def _parse_question(record: dict, subject: str, split: str, path: Path, line: int) -> Question:
-    record = _lowered(record)
     letters, options = _options_of(record)
     answer = _place_of(_answer_of(record), letters)
-    there = [number for number, option in enumerate(options) if not _is_missing(option)]
+    there = [number for number, option in enumerate(options) if not _is_empty(option)]
     is_whole = answer in there and 2 <= len(there) <= len(LETTERS)
     if "question" not in record or not is_whole:
         problem = f"expected question, A, B, … (or options) and answer; found {record}"

@@ -38,7 +38,7 @@ def start_anew(command: list[str], folder: Path, **environment) -> subprocess.Po
         return subprocess.Popen(
             command,
             cwd=folder,
-            env=os.environ | environment,
+            env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
             stdout=log,
             stderr=log,
             start_new_session=True,

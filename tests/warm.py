@@ -108,13 +108,13 @@ def run(
         stdin, stdout, stderr = streams
         process = start(command, folder, stdout, stderr, stdin, measured=True, **environment)
         try:
-            process.wait(timeout)
+            code = process.wait(timeout)
         finally:
             process.kill()
         for stream in streams:
             stream.seek(0)
         printed = [stream.read().decode() for stream in streams[1:]]
-    return subprocess.CompletedProcess(process.args, process.returncode or 0, *printed)
+    return subprocess.CompletedProcess(process.args, code, *printed)
 
 
 def end():
