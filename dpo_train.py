@@ -86,6 +86,7 @@ wandb_config = {
 }
 DEFAULTS = wandb_config  # train_dpo() has a parameter of the same name
 SAMPLE_PROMPTS = [
+    "你好，你是谁？",
     "红烧肉怎么做？",
     "做西红柿炒鸡蛋需要准备哪些原料？",
     "《劳动合同法》第三条是怎么规定的？",

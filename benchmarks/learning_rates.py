@@ -1,45 +1,60 @@
 """Which learning rates are best, for runs of several lengths: validation loss at the end of each.
 
-    python benchmarks/learning_rates.py --data ../shared/data/real --folder /tmp/rates
-    python benchmarks/learning_rates.py … --steps 600 --adamw 2e-3 4e-3 --muon 1 10 --seeds 0 1
-    python benchmarks/learning_rates.py … --set min_lr_ratio=0
+    python benchmarks/learning_rates.py --data '../shared/data/real/pt_*.xz' --folder /tmp/rates
+    python benchmarks/learning_rates.py … --steps 600 --factors 0.5 1 2 --seeds 0 1
+    python benchmarks/learning_rates.py … --steps 600 --factors 1 --set min_lr_ratio=0
+    python benchmarks/learning_rates.py --stage sft --data chats.jsonl --set init_from=FOLDER …
 
-Each run is train_llm.py's own, as a process with one thread: a small model on real corpora, whose
-held-out documents the loss is of. Results are lines of <folder>/results.jsonl. What stands there
-already is not run again, so that a sweep may be ended and go on.
+A factor multiplies both learning rates that the stage's rule gives for so many steps
+(`scale_learning_rate`): 1 is the rule. Each run is the stage's own script, as a process with one
+thread: a small model on real text, whose held-out part the loss is of. Results are lines of
+<folder>/results.jsonl, printed as a table at the end. What stands there already is not run again,
+so that a sweep may be ended and go on.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean
 
 from peers import ROOT
 
 from engine.settings import parse_value
 from engine.tracker import read_metrics
 
-MODEL = {"d_model": 192, "n_heads": 4, "n_layers": 6, "d_ff": 512, "vocab_size": 4096}  # 3.4 M
-RUN: dict = {"max_seq_len": 256, "batch_size": 4, "num_epochs": 100, "validation_tokens": 65_536}
-RUN |= {"eval_every": 0, "sample_every": 0, "save_every": 0, "log_every": 50, "num_workers": 0}
-RUN |= {"mixed_precision": "no", "resume": False, "tokenizer_megabytes": 30}
-RUN |= {"scale_learning_rate": False}
+SCRIPTS = {"pretrain": "train_llm", "sft": "sft_train", "dpo": "dpo_train"}
+MODEL = {"d_model": 256, "n_heads": 4, "n_layers": 3, "d_ff": 704, "vocab_size": 4096}  # 3.5 M
+MODEL |= {"max_seq_len": 256, "batch_size": 4, "tokenizer_megabytes": 30}
+TUNING = {"max_length": 512, "batch_size": 4}
+RUN: dict = {"num_epochs": 1000, "validation_tokens": 65_536, "num_workers": 0, "resume": False}
+RUN |= {"eval_every": 0, "sample_every": 0, "save_every": 0, "log_every": 50}
+RUN |= {"mixed_precision": "bf16"}
 
 
 def run_one(arguments, changes: dict) -> dict:
-    """One run of train_llm.py, in a process of its own."""
-    folder = Path(arguments.folder)
+    """One run of the stage's script, in a process of its own."""
+    folder, script = Path(arguments.folder), SCRIPTS[arguments.stage]
+    defaults = importlib.import_module(script).DEFAULTS
+    config = (MODEL if arguments.stage == "pretrain" else TUNING) | RUN
+    config |= {"dataset": arguments.data, "output_dir": str(folder)} | changes
+    for key in ("learning_rate", "muon_learning_rate"):
+        config[key] = config.get(key, defaults[key]) * changes["factor"]
+    del config["factor"]
     tokenizer = folder / "tokenizer"
-    config = MODEL | RUN | {"dataset": arguments.data, "output_dir": str(folder)} | changes
-    if tokenizer.exists():
+    if tokenizer.exists() and arguments.stage == "pretrain":
         config["tokenizer_path"] = str(tokenizer)
-    command = [sys.executable, "train_llm.py"]
+    command = [sys.executable, f"{script}.py"]
     command += [f"--{key}={value}" for key, value in config.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     last = done.stdout.splitlines()[-1] if done.stdout else ""
     if not last.startswith("Finished: "):  # a rate at which the loss is no number
@@ -48,7 +63,12 @@ def run_one(arguments, changes: dict) -> dict:
     if not tokenizer.exists():
         tokenizer.symlink_to(final)
     metrics = read_metrics(final.parent / "metrics.jsonl")
-    return {"loss": next(m["val/loss"] for m in reversed(metrics) if "val/loss" in m)}
+    return {
+        "loss": next(m["val/loss"] for m in reversed(metrics) if "val/loss" in m),
+        "learning_rate": max(m.get("train/learning_rate", 0) for m in metrics),
+        "seconds": time.perf_counter() - began,
+        "model": str(final),
+    }
 
 
 def sweep(arguments):
@@ -57,13 +77,8 @@ def sweep(arguments):
     known = [json.loads(line) for line in results.open()] if results.exists() else []
     there = [result["changes"] for result in known]
     more = {key: parse_value(value) for key, value in (w.split("=") for w in arguments.set)}
-    grid = itertools.product(arguments.steps, arguments.seeds, arguments.adamw, arguments.muon)
-    todo = []
-    for steps, seed, adamw, muon in grid:
-        rates = {"learning_rate": adamw, "muon_learning_rate": adamw * muon}
-        changes = {"max_steps": steps, "seed": seed} | rates | more
-        if changes not in there:
-            todo.append(changes)
+    grid = itertools.product(arguments.steps, arguments.seeds, arguments.factors)
+    asked = [{"max_steps": s, "seed": seed, "factor": f} | more for s, seed, f in grid]
 
     def work(changes: dict):
         result = {"changes": changes} | run_one(arguments, changes)
@@ -71,17 +86,39 @@ def sweep(arguments):
             out.write(json.dumps(result) + "\n")
         print(json.dumps(result), flush=True)
 
+    todo = [changes for changes in asked if changes not in there]
+    if todo and not known:  # the first one prepares the data
+        work(todo.pop(0))
     with ThreadPoolExecutor(arguments.processes) as pool:
         list(pool.map(work, todo))
+    print_table(results)
+
+
+def print_table(results: Path):
+    """Mean loss over the seeds, a line for each length and set of keys."""
+    losses = defaultdict(lambda: defaultdict(list))
+    for result in map(json.loads, results.open()):
+        changes = result["changes"]
+        others = {k: v for k, v in changes.items() if k not in ("seed", "factor")}
+        losses[json.dumps(others)][changes["factor"]].append(result["loss"])
+    factors = sorted({factor for of_line in losses.values() for factor in of_line})
+    print("| run | " + " | ".join(f"x{factor:g}" for factor in factors) + " |")
+    for others, of_line in losses.items():
+        cells = []
+        for values in (of_line[factor] for factor in factors):
+            diverged = any(value is None for value in values)
+            cell = "diverged" if diverged else f"{mean(values):.4f} ({len(values)})"
+            cells.append(cell if values else "")
+        print(f"| {others} | " + " | ".join(cells) + " |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="the corpora")
+    parser.add_argument("--stage", choices=SCRIPTS, default="pretrain")
+    parser.add_argument("--data", required=True, help="the stage's key `dataset`")
     parser.add_argument("--folder", required=True, help="for runs and results")
     parser.add_argument("--steps", type=int, nargs="+", default=[150, 600, 2400])
-    parser.add_argument("--adamw", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3])
-    parser.add_argument("--muon", type=float, nargs="+", default=[1.0], help="times AdamW's")
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other keys")
     parser.add_argument("--processes", type=int, default=2)
