@@ -25,9 +25,9 @@ from transformers import TextStreamer
 
 from engine.command import as_command
 from engine.conversation import Chat, StopOnInterrupt
+from engine.finished import find_newest_final
 from engine.generation import Sampling
 from engine.model_folder import check_model_folder
-from engine.runs import find_newest_final
 from web.replies import Models
 from web.server import listen, serve_page
 from web.votes import Votes

@@ -30,7 +30,7 @@ from corpus.preparation import Parts
 from corpus.records import to_pairs
 from corpus.transcripts import WHOLE_TALKS, holds_transcript
 from engine.command import as_command
-from engine.runs import find_final
+from engine.finished import find_final
 from tokenizer import create_tokenizer, token_byte_lengths, tokenizer_identity
 
 SAMPLE = "data/dpo_sample.jsonl"

@@ -87,7 +87,6 @@ wandb_config = {
 DEFAULTS = wandb_config  # train_dpo() has a parameter of the same name
 SAMPLE_PROMPTS = [
     "你好，你是谁？",
-    "红烧肉怎么做？",
     "做西红柿炒鸡蛋需要准备哪些原料？",
     "《劳动合同法》第三条是怎么规定的？",
 ]
@@ -121,8 +120,7 @@ def train_dpo(
     config["dataset"] = data_path or config["dataset"]
     config["reference_model_path"] = reference_model_path  # another one is another run
     rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
-    before = config["init_from"] or runs.find_final(config["output_dir"], "sft")
-    config["init_from"] = str(before)
+    config["init_from"] = runs.model_before(config, "sft")
 
     # 2. Run folder: a new one, or an unfinished one to resume
     run = runs.open_run("dpo", run_name, config, rt, cache.contents_of, DEFAULTS)

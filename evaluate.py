@@ -20,10 +20,10 @@ from corpus.exam import EXAMPLES, LETTERS, Question, read_questions
 from corpus.exam_prompts import wording_of
 from engine.answers import answer_log_probs
 from engine.command import as_command
+from engine.finished import find_newest_final
 from engine.generation import right_padded
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
-from engine.runs import find_newest_final
 from engine.statistics import wilson_interval
 from tokenizer import encode_plain, token_byte_lengths
 

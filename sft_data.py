@@ -25,7 +25,7 @@ from corpus.readers import Dropped
 from corpus.records import to_messages
 from corpus.transcripts import WHOLE_TALKS, holds_transcript
 from engine.command import as_command
-from engine.runs import find_final
+from engine.finished import find_final
 from kernels import IGNORE_INDEX
 from tokenizer import create_tokenizer, tokenizer_identity
 

@@ -96,11 +96,11 @@ def sweep(arguments):
 
 def print_table(results: Path):
     """Mean loss over the seeds, a line for each length and set of keys."""
-    losses = defaultdict(lambda: defaultdict(list))
+    losses: dict[str, dict] = defaultdict(lambda: defaultdict(list))
     for result in map(json.loads, results.open()):
         changes = result["changes"]
-        others = {k: v for k, v in changes.items() if k not in ("seed", "factor")}
-        losses[json.dumps(others)][changes["factor"]].append(result["loss"])
+        keys = {k: v for k, v in changes.items() if k not in ("seed", "factor")}
+        losses[json.dumps(keys)][changes["factor"]].append(result["loss"])
     factors = sorted({factor for of_line in losses.values() for factor in of_line})
     print("| run | " + " | ".join(f"x{factor:g}" for factor in factors) + " |")
     for others, of_line in losses.items():

@@ -128,7 +128,12 @@ def run_trainer(folder: Path, tokenizer, bf16: bool) -> dict:
 
 
 def run_ours(folder: Path, seconds: float, precision: str) -> dict:
-    config = {"d_model": D_MODEL, "n_layers": LAYERS, "n_heads": HEADS, "n_kv_heads": KV_HEADS}
+    config: dict = {
+        "d_model": D_MODEL,
+        "n_layers": LAYERS,
+        "n_heads": HEADS,
+        "n_kv_heads": KV_HEADS,
+    }
     config |= {"d_ff": D_FF, "max_seq_len": LENGTH, "batch_size": ROWS // 2, "num_workers": 1}
     config |= {"dataset": folder / "train.jsonl", "tokenizer_path": folder / "tokenizer"}
     config |= {"mixed_precision": precision, "time_limit": f"{seconds / 60:.2f}m"}

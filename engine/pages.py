@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.disk import write_whole
+from engine.finished import SCRIPTS
 from engine.plots import draw_svg, panels_of
-from engine.runs import SCRIPTS
 from engine.tracker import read_metrics
 
 MOST_SAMPLES = 60  # of one run on a page: the newest

@@ -22,6 +22,7 @@ from filelock import BaseFileLock, Timeout
 from engine import checkpoint
 from engine.disk import make_newest, remove, write_whole
 from engine.extras import lasting_streams
+from engine.finished import find_final
 from engine.locks import describe_lock, lock_in
 from engine.resuming import (
     OTHER_BYTES,
@@ -34,7 +35,6 @@ from engine.runtime import Runtime
 from engine.stop import interruptible
 
 # From the last stage to the first, with the script that runs it.
-SCRIPTS = {"dpo": "dpo_train.py", "sft": "sft_train.py", "pretrain": "train_llm.py"}
 # Seconds in which the processes of a run that was killed have ended, and its lock is free.
 KILLED_RUN_SECONDS = 8.0
 _locks: ContextVar[list[BaseFileLock] | None] = ContextVar("locks of one_run", default=None)
@@ -289,37 +289,13 @@ def check_same_data(run: Run, fingerprint: str):
         )
 
 
-def find_final(output_dir: str, stage: str, option: str = "init_from") -> Path:
-    """The newest finished run of a stage.
+def model_before(config: dict, stage: str) -> str:
+    """The folder that init_from names, or that of the newest finished run of a stage.
 
     Raises:
-        ValueError: there is none. The message names the command that makes one, and the option
-            that names another folder.
+        ValueError: no run of that stage is finished.
     """
-    finals = list(Path(output_dir, stage).glob("*/final"))
-    if not finals:
-        raise ValueError(
-            f"No finished {stage} run under {output_dir}/{stage}: run `python {SCRIPTS[stage]}` "
-            f"first, or set {option} to a model folder."
-        )
-    return max(finals, key=lambda folder: folder.stat().st_mtime)
-
-
-def find_newest_final(output_dir: str, stage: str | None = None) -> Path:
-    """The newest finished run of the last stage that has one, or of the stage that is named.
-
-    Raises:
-        ValueError: none is finished.
-    """
-    if stage:
-        return find_final(output_dir, stage, "--model")
-    for name in SCRIPTS:
-        with contextlib.suppress(ValueError):
-            return find_final(output_dir, name)
-    raise ValueError(
-        f"No finished run under {output_dir}: run `python train_llm.py` first, or set --model to a "
-        "model folder."
-    )
+    return str(config["init_from"] or find_final(config["output_dir"], stage))
 
 
 def say_how_to_resume(run: Run, stop, rt: Runtime):

@@ -9,8 +9,6 @@ import os
 import re
 import sys
 
-import torch
-
 from engine.extras import replace_unprintable
 
 CHOICES = {
@@ -259,6 +257,8 @@ def join_values(words: list[str]) -> list[str]:
 
 def run_from_command_line(stage_function, defaults: dict):
     """Call a stage's function with the command line's keys. An error becomes one clear line."""
+    import torch  # the stage has it; `curves.py`, which reads settings too, starts without it
+
     replace_unprintable()
     try:
         overrides = parse_arguments(sys.argv[1:], stage_function, defaults)

@@ -11,8 +11,8 @@ import warm
 from conftest import ROOT
 from tiny import dpo_config, pretrain_config, sft_config
 
+from engine.finished import SCRIPTS
 from engine.resuming import as_words
-from engine.runs import SCRIPTS
 
 
 def config_of(stage: str, folder: Path, base: str, **changes) -> dict:

@@ -9,9 +9,9 @@ from pathlib import Path
 from transformers import TextIteratorStreamer
 
 from engine.conversation import Chat, StopOnInterrupt
+from engine.finished import SCRIPTS
 from engine.generation import Sampling
 from engine.model_folder import check_model_folder, open_model_folder
-from engine.runs import SCRIPTS
 
 LOADED = 2  # models that stay in memory: as many as a comparison has
 _generating = threading.Lock()  # one reply at a time: torch.manual_seed sets the whole process

@@ -10,9 +10,10 @@ import torch
 from tiny import CPU, cpu_runtime, tiny_model
 
 from engine import checkpoint, optim
+from engine.finished import find_final
 from engine.guards import NumericalError
 from engine.model_folder import load_model_folder, open_model_folder
-from engine.runs import Run, find_final, open_run
+from engine.runs import Run, open_run
 from engine.runtime import Runtime
 
 ALONE = cpu_runtime()

@@ -1,7 +1,6 @@
 import gc
 import os
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,6 @@ from engine.runs import (
     Run,
     RunError,
     check_same_data,
-    find_final,
-    find_newest_final,
     open_run,
     say_how_to_resume,
 )
@@ -184,37 +181,6 @@ def test_other_data_is_refused(tmp_path):
 
 
 # --- finished runs, and how to go on ----------------------------------------------------------
-
-
-def finish(tmp_path, stage: str, name: str, age: int) -> Path:
-    final = tmp_path / stage / name / "final"
-    final.mkdir(parents=True)
-    os.utime(final, (1000 + age, 1000 + age))
-    return final
-
-
-def test_the_newest_final_of_a_stage_is_found_and_none_names_the_command(tmp_path):
-    message = r"run `python train_llm\.py` first, or set init_from to a model folder\."
-    with pytest.raises(ValueError, match=message):
-        find_final(str(tmp_path), "pretrain")
-    for age, name in enumerate(("b", "a")):
-        finish(tmp_path, "pretrain", name, age)
-    assert find_final(str(tmp_path), "pretrain").parent.name == "a"
-    with pytest.raises(ValueError, match=r"No finished sft run .*`python sft_train\.py` first"):
-        find_final(str(tmp_path), "sft")
-
-
-def test_the_newest_final_is_one_of_the_last_stage_that_has_any(tmp_path):
-    message = r"No finished run under .*: run `python train_llm\.py` first, or set --model to a"
-    with pytest.raises(ValueError, match=message):
-        find_newest_final(str(tmp_path))
-    pretrained = finish(tmp_path, "pretrain", "run", age=2)
-    assert find_newest_final(str(tmp_path)) == pretrained
-    tuned = finish(tmp_path, "sft", "run", age=1)
-    assert find_newest_final(str(tmp_path)) == tuned
-    assert find_newest_final(str(tmp_path), "pretrain") == pretrained
-    with pytest.raises(ValueError, match=r"`python dpo_train\.py` first, or set --model to a"):
-        find_newest_final(str(tmp_path), "dpo")
 
 
 def test_a_stopped_run_names_the_command_that_goes_on(tmp_path, monkeypatch, capsys):

@@ -31,7 +31,7 @@ from scripts import (
 from tiny import logged, pretrain_config, sft_config, weights, write_corpus
 
 from engine.checkpoint import find_damage, list_checkpoints
-from engine.runs import SCRIPTS
+from engine.finished import SCRIPTS
 
 pytestmark = pytest.mark.slow
 LONG = {"max_steps": 100_000, "num_epochs": 100_000, "num_workers": 2, "save_every": 0}
