@@ -1,7 +1,7 @@
 """Pre-training from a cold start to a quality, whole processes: ours, minimind's, Trainer's.
 
-    python benchmarks/whole_pretraining.py --minimind CHECKOUT --data '../shared/data/real/pt_*.xz'
-    python benchmarks/whole_pretraining.py … --steps 600 2400 --share 0.35 --trainer
+    python benchmarks/whole_pretraining.py --minimind CHECKOUT --folder /tmp/whole \
+        --data '../shared/data/real/pt_*.xz' --steps 600 2400 --share 0.35 --trainer
 
 Wall clock from the command to its end: imports, data, training, validation, saves. minimind's
 train_pretrain.py runs as it is, with its recipe (AdamW 5e-4, cosine to a tenth, no warm-up, one
@@ -23,7 +23,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from peers import ROOT, describe_cpu
 from corpus.documents import iter_documents
 from engine.tracker import read_metrics
 from models import CustomLLM
-from tokenizer import token_byte_lengths, train_tokenizer
+from tokenizer import create_tokenizer, token_byte_lengths, train_tokenizer
 
 LENGTH, ROWS, HELD_OUT, VOCABULARY = 340, 8, 400, 6400
 D_MODEL, LAYERS, HEADS, KV_HEADS = 256, 3, 8, 4  # 4.1 M parameters
@@ -94,8 +93,23 @@ def timed(command: list[str], folder: Path, log: Path) -> float:
 
 
 def run_minimind(checkout: Path, folder: Path, tokenizer) -> dict:
-    """Its own script, in a copy of its checkout that has our tokenizer."""
-    copy = folder / "minimind"
+    """Its result. A run that stands in the folder is not made again."""
+    copy, kept = folder / "minimind", folder / "minimind.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(train_minimind(checkout, copy, folder, tokenizer)))
+    sys.path.insert(0, str(copy))
+    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
+
+    model = MiniMindForCausalLM(MiniMindConfig(D_MODEL, LAYERS))
+    weights = torch.load(copy / "out" / f"pretrain_{D_MODEL}.pth")
+    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
+    seconds = json.loads(kept.read_text())
+    return {"seconds": seconds, "model": model, "tokens": padded_tokens(folder, tokenizer)}
+
+
+def train_minimind(checkout: Path, copy: Path, folder: Path, tokenizer) -> float:
+    """Seconds of its own script, in a copy of its checkout that has our tokenizer."""
+    shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "images"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / "model" / name).unlink()
@@ -103,14 +117,7 @@ def run_minimind(checkout: Path, folder: Path, tokenizer) -> dict:
     command = [sys.executable, "train_pretrain.py", "--epochs=1", "--accumulation_steps=1"]
     command += [f"--batch_size={ROWS}", f"--hidden_size={D_MODEL}", f"--num_hidden_layers={LAYERS}"]
     command += [f"--data_path={folder / 'train.jsonl'}", "--num_workers=1", "--device=cpu"]
-    seconds = timed(command, copy / "trainer", folder / "minimind.log")
-    sys.path.insert(0, str(copy))
-    from model.model_minimind import MiniMindConfig, MiniMindForCausalLM
-
-    model = MiniMindForCausalLM(MiniMindConfig(D_MODEL, LAYERS))
-    weights = torch.load(copy / "out" / f"pretrain_{D_MODEL}.pth")
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    return {"seconds": seconds, "model": model, "tokens": padded_tokens(folder, tokenizer)}
+    return timed(command, copy / "trainer", folder / "minimind.log")
 
 
 def run_trainer(folder: Path, tokenizer, bf16: bool) -> dict:
@@ -173,10 +180,12 @@ def bits_per_byte(model, tokenizer, texts: list[str], begin: list[int]) -> float
 
 def compare(arguments, steps: int, folder: Path):
     """One length: minimind's run, then ours in a share of its time."""
-    write_texts(arguments.data, folder, steps * ROWS)
-    tokenizer = train_tokenizer(read_texts(folder / "train.jsonl"), VOCABULARY)
-    tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
-    tokenizer.save_pretrained(folder / "tokenizer")
+    if not (folder / "tokenizer").exists():
+        write_texts(arguments.data, folder, steps * ROWS)
+        tokenizer = train_tokenizer(read_texts(folder / "train.jsonl"), VOCABULARY)
+        tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
+        tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer = create_tokenizer(model_path=str(folder / "tokenizer"))
     begin = [tokenizer.bos_token_id]
     theirs = run_minimind(arguments.minimind, folder, tokenizer)
     budget = theirs["seconds"] * arguments.share
@@ -201,6 +210,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minimind", required=True, type=Path, help="a checkout of minimind")
     parser.add_argument("--data", required=True, help="corpora, a glob")
+    parser.add_argument("--folder", required=True, type=Path, help="for texts, models, logs")
     parser.add_argument("--steps", type=int, nargs="+", default=[600, 2400], help="minimind's")
     parser.add_argument("--share", type=float, default=0.35, help="of minimind's time, for ours")
     parser.add_argument("--precision", nargs="+", default=["fp16", "no"], help="mixed_precision")
@@ -211,8 +221,9 @@ def main():
     print("| steps | variant | seconds | of minimind's | useful tokens/s | bits per byte |")
     print("|---|---|---|---|---|---|", flush=True)
     for steps in arguments.steps:
-        with tempfile.TemporaryDirectory() as folder:
-            compare(arguments, steps, Path(folder))
+        folder = arguments.folder / str(steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        compare(arguments, steps, folder)
 
 
 if __name__ == "__main__":
