@@ -169,13 +169,12 @@ def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
     if data is None:
         return [f"Data: {config['dataset']} does not lie here; tokens and hours are not known."]
     parameters = sum(p.numel() for p in model.parameters())
-    length, epochs = config[stage.length_key], config["num_epochs"]
-    tokens, cores = data.tokens * epochs, config["num_proc"] or count_cores()
-    rows = config["batch_size"] * config["gradient_accumulation_steps"]
-    if config["max_steps"]:
-        tokens = min(tokens, config["max_steps"] * rows * length)
+    cores = config["num_proc"] or count_cores()
     seconds = data.tokens / (data.tokens_per_second * cores)
-    steps = math.ceil(tokens / (rows * length))
+    rows = config["batch_size"] * config["gradient_accumulation_steps"]
+    all_steps = math.ceil(data.rows * config["num_epochs"] / rows)
+    steps = min(all_steps, config["max_steps"] or all_steps)
+    tokens = steps * rows * data.tokens / data.rows
     row_length = collator(stage, config).row_length
     rates = optim.describe_learning_rate(steps, rows * row_length, config)
     checkpoints = (config["keep_checkpoints"] + 1) * CHECKPOINT_BYTES + FINAL_BYTES

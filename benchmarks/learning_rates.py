@@ -33,7 +33,7 @@ from engine.tracker import read_metrics
 SCRIPTS = {"pretrain": "train_llm", "sft": "sft_train", "dpo": "dpo_train"}
 MODEL = {"d_model": 256, "n_heads": 4, "n_layers": 3, "d_ff": 704, "vocab_size": 4096}  # 3.5 M
 MODEL |= {"max_seq_len": 256, "batch_size": 4, "tokenizer_megabytes": 30}
-TUNING = {"max_length": 512, "batch_size": 4}
+TUNING = {"max_length": 512, "batch_size": 1}
 RUN: dict = {"num_epochs": 1000, "validation_tokens": 65_536, "num_workers": 0, "resume": False}
 RUN |= {"eval_every": 0, "sample_every": 0, "save_every": 0, "log_every": 50}
 RUN |= {"mixed_precision": "bf16"}

@@ -12,9 +12,10 @@ MEGABYTE = 1_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """tokens: of the whole corpus. tokens_per_second: that one core prepares, measured here."""
+    """tokens, rows: of the whole corpus. tokens_per_second: that a core prepares, measured here."""
 
     tokens: float
+    rows: float
     tokens_per_second: float
     bytes_per_token: float  # of the rows, on the disk
 
@@ -52,6 +53,7 @@ def estimate(
         megabytes = min(megabytes, len(corpus.datasets) * max_bytes / portion.size)
     return Estimate(
         counts["tokens"] * megabytes,
+        rows.num_rows * megabytes,
         counts["tokens"] / seconds,
         rows.nbytes / counts["tokens"],
     )

@@ -114,7 +114,7 @@ def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, 
         SFT.script: lambda: {"instruction": text(), "response": text()},
         DPO.script: lambda: {"instruction": text(), "chosen": text(), "rejected": text()},
     }
-    path = write_records(tmp_path / f"a{suffix}", [records[stage.script]() for _ in range(6000)])
+    path = write_records(tmp_path / f"a{suffix}", [records[stage.script]() for _ in range(2500)])
     folder = tmp_path / "tokenizer"
     tokenizer = train_tokenizer((text() for _ in range(500)), 400)
     tokenizer.save_pretrained(folder)
@@ -123,10 +123,11 @@ def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, 
     found = plan.estimate_data(stage, config, 400)
     prepare = {
         PRETRAIN.script: lambda **o: prepare_data(str(folder), str(path), 512, **o),
-        SFT.script: lambda **o: prepare_sft_data(tokenizer, str(path), 512, **o),
-        DPO.script: lambda **o: prepare_dpo_data(tokenizer, str(path), 512, **o),
+        SFT.script: lambda **o: prepare_sft_data(tokenizer, str(path), 512, None, **o),
+        DPO.script: lambda **o: prepare_dpo_data(tokenizer, str(path), 512, None, **o),
     }
-    prepare[stage.script](cache_dir=tmp_path / "cache")
+    splits, _ = prepare[stage.script](cache_dir=tmp_path / "cache")
+    assert found.rows == pytest.approx(sum(map(len, splits.values())), rel=0.03)
     [kept] = (tmp_path / "cache").glob("*/statistics.json")
     tokens = json.loads(kept.read_text())["tokens"]
     assert found.tokens == pytest.approx(tokens, rel=0.03)
