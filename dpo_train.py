@@ -71,6 +71,7 @@ wandb_config = {
     "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
+    "fp16_accumulation": False,  # sums in fp16: faster on a GeForce, never measured there
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
     "torch_compile": "auto",  # on CUDA, where a compiler is found; True: on every device
     "device": "auto",  # the GPU where there is one; "cpu": leave it alone
@@ -153,6 +154,7 @@ def train_dpo(
     )
     rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
+    runtime.sum_in_fp16(model, config["fp16_accumulation"], rt)
     optimizers = optim.build(model, config)
 
     # 5. Resume

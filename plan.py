@@ -230,6 +230,7 @@ def measure(stage: Stage, config: dict, model_config: CustomLLMConfig) -> list[s
     model = CustomLLM(model_config)
     rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
+    runtime.sum_in_fp16(model, config["fp16_accumulation"], rt)
     optimizers = optim.build(model, config)
     runtime.compile_blocks(model, config["torch_compile"], rt)
     forward_backward, full_batch = trial(stage, config)

@@ -182,9 +182,9 @@ def compare(arguments, steps: int, folder: Path):
     """One length: minimind's run, then ours in a share of its time."""
     if not (folder / "tokenizer").exists():
         write_texts(arguments.data, folder, steps * ROWS)
-        tokenizer = train_tokenizer(read_texts(folder / "train.jsonl"), VOCABULARY)
-        tokenizer.add_special_tokens({"bos_token": "<|im_start|>"})
-        tokenizer.save_pretrained(folder / "tokenizer")
+        trained = train_tokenizer(read_texts(folder / "train.jsonl"), VOCABULARY)
+        trained.add_special_tokens({"bos_token": "<|im_start|>"})
+        trained.save_pretrained(folder / "tokenizer")
     tokenizer = create_tokenizer(model_path=str(folder / "tokenizer"))
     begin = [tokenizer.bos_token_id]
     theirs = run_minimind(arguments.minimind, folder, tokenizer)

@@ -24,6 +24,7 @@ from engine.device import check_card_is_usable, check_kernels, describe_old_card
 from engine.extras import Extras
 from engine.stop import GivenUp, StopSignal
 from engine.writer import Writer
+from kernels.fp16_sums import use_fp16_sums
 
 
 @dataclass
@@ -286,6 +287,17 @@ def compile_blocks(model, torch_compile, rt: Runtime):
         for block in model.model.layers:
             block.compile()
         model.backend = kernels.compiled(model.backend)
+
+
+def sum_in_fp16(model, fp16_accumulation: bool, rt: Runtime):
+    """Let the blocks' linear layers sum their products in fp16, on a GPU that trains in fp16."""
+    if not fp16_accumulation:
+        return
+    if rt.device.type != "cuda" or rt.dtype is not torch.float16:
+        rt.say('fp16_accumulation: only a CUDA GPU in mixed_precision "fp16" has it: not used.')
+        return
+    for block in model.model.layers:
+        use_fp16_sums(block)
 
 
 def find_compiler_problem(device: torch.device) -> str | None:

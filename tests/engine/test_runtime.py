@@ -21,6 +21,7 @@ import sft_train
 import train_llm
 from engine import settings
 from engine.runtime import (
+    Runtime,
     StopSignal,
     check_launcher,
     choose_dtype,
@@ -29,8 +30,10 @@ from engine.runtime import (
     has_native_bf16,
     make_runtime,
     start,
+    sum_in_fp16,
     use_tf32,
 )
+from kernels.fp16_sums import LinearWithFp16Sums
 
 CUDA, MPS = torch.device("cuda"), torch.device("mps")
 without_accelerator = pytest.mark.skipif(
@@ -268,6 +271,23 @@ def test_auto_compiles_on_cuda_only(monkeypatch, torch_compile, device, expected
     monkeypatch.setattr(torch, "compile", lambda function, **options: partial(function))
     monkeypatch.setattr(torch, "ones", lambda *size, device=None: torch.zeros(*size))
     assert compiles(torch_compile, device) is expected
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float16), ("cuda", torch.bfloat16), ("cuda", torch.float16)]
+)
+def test_sums_in_fp16_are_for_a_gpu_that_trains_in_fp16(capsys, device, dtype):
+    fits = (device, dtype) == ("cuda", torch.float16)
+    rt = Runtime(torch.device(device), dtype, make_runtime(None, CPU).scaler)
+    model = tiny_model()
+    sum_in_fp16(model, False, rt)
+    assert not any(isinstance(layer, LinearWithFp16Sums) for layer in model.modules())
+    assert capsys.readouterr().out == ""
+    sum_in_fp16(model, True, rt)
+    changed = [name for name, m in model.named_modules() if isinstance(m, LinearWithFp16Sums)]
+    assert len(changed) == (7 * len(model.model.layers) if fits else 0)
+    assert "lm_head" not in changed
+    assert ("not used" in capsys.readouterr().out) is not fits
 
 
 def test_auto_goes_on_without_a_compiler_and_says_why(capsys):
