@@ -97,6 +97,14 @@ def test_every_group_has_the_same_share_of_its_own_peak_and_both_rates_are_retur
         assert logged == pytest.approx({name: factor * peak for name, peak in expected.items()})
 
 
+def test_muons_momentum_rises_over_the_first_steps_of_any_run():
+    adamw, muon = optim.build(tiny_model(), MUON)
+    for step, momentum in ((1, 0.85 + 0.1 / 300), (150, 0.9), (300, 0.95), (5_000, 0.95)):
+        optim.set_learning_rate([adamw, muon], step, run_of(10_000), MUON)
+        assert [group["momentum"] for group in muon.param_groups] == [pytest.approx(momentum)]
+        assert all(group["betas"] == (0.9, 0.95) for group in adamw.param_groups)
+
+
 def test_scaled_rates_are_literal_for_the_run_that_they_are_meant_for():
     config = MUON | {"scale_learning_rate": True}
     assert optim.learning_rate_scale(20_000, 16_384, config) == 1
