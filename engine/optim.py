@@ -15,7 +15,8 @@ STACK = 2**25  # elements of the matrices that Muon updates together, which boun
 # The run that the learning rates of a wandb_config are meant for, and how the best rates follow
 # its length and its steps' size: measured, see benchmarks/README.md.
 STEPS, TOKENS_PER_STEP = 20_000, 16_384
-STEPS_POWER, TOKENS_POWER = 0.6, 0.1
+STEPS_POWER, TOKENS_POWER = 0.4, 0.1
+BESIDE_MUON = 8.0  # times learning_rate is AdamW's rate where Muon takes the matrices
 FEWEST_STEPS = 150  # that were measured: at fewer the rates rise no further
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95), 300  # Muon's: from, to; measured, as above
 
@@ -130,25 +131,27 @@ def orthogonalize(stack: torch.Tensor, coefficients, steps: int, eps: float) -> 
     return x.mT if is_tall else x
 
 
-def learning_rate_scale(steps: int, tokens_per_step: int, config: dict) -> float:
-    """What the peaks are multiplied by: short runs learn faster. 1: they are literal."""
+def learning_rate_scales(steps: int, tokens_per_step: int, config: dict) -> tuple[float, float]:
+    """What the peaks of AdamW and of Muon are multiplied by: short runs learn faster.
+
+    (1, 1): they are literal. Beside Muon, AdamW has the embedding, which is the head too.
+    """
     if not config["scale_learning_rate"]:
-        return 1.0
-    by_steps = (STEPS / max(steps, FEWEST_STEPS)) ** STEPS_POWER
-    return by_steps * (tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
+        return 1.0, 1.0
+    scale = (STEPS / max(steps, FEWEST_STEPS)) ** STEPS_POWER
+    scale *= (tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
+    return scale * (BESIDE_MUON if config["optimizer"] == "muon" else 1.0), scale
 
 
 def describe_learning_rate(steps: int, tokens_per_step: int, config: dict) -> str:
     """The peaks of a run: 'learning rate 0.0005 x 5.41 = 0.0027, Muon … (for 1,200 steps …)'."""
-    scale = learning_rate_scale(steps, tokens_per_step, config)
-    peaks = {"learning rate": config["learning_rate"]}
+    scales = learning_rate_scales(steps, tokens_per_step, config)
+    peaks = [("learning rate", config["learning_rate"], scales[0])]
     if config["optimizer"] == "muon":
-        peaks["Muon"] = config["muon_learning_rate"]
+        peaks.append(("Muon", config["muon_learning_rate"], scales[1]))
     if not config["scale_learning_rate"]:
-        return ", ".join(f"{name} {peak:g}" for name, peak in peaks.items())
-    products = (
-        f"{name} {peak:g} x {scale:.3g} = {peak * scale:.3g}" for name, peak in peaks.items()
-    )
+        return ", ".join(f"{name} {peak:g}" for name, peak, _ in peaks)
+    products = (f"{name} {peak:g} x {by:.3g} = {peak * by:.3g}" for name, peak, by in peaks)
     return f"{', '.join(products)} (for {steps:,} steps of {tokens_per_step:,} tokens)"
 
 
@@ -172,13 +175,14 @@ def set_learning_rate(
 
     Muon's momentum rises in the first steps, where the average of many gradients is too old.
     """
-    factor = learning_rate_scale(loader.total_steps, loader.tokens_per_step, config)
-    factor *= learning_rate_factor(step, loader.total_steps, config)
+    scales = learning_rate_scales(loader.total_steps, loader.tokens_per_step, config)
+    factor = learning_rate_factor(step, loader.total_steps, config)
     first, last = MOMENTUM
-    for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-        group["lr"] = group["peak_lr"] * factor
-        if "momentum" in group:
-            group["momentum"] = first + (last - first) * min(1.0, step / MOMENTUM_STEPS)
+    for optimizer, scale in zip(optimizers, scales, strict=False):  # AdamW, and perhaps Muon
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * scale * factor
+            if "momentum" in group:
+                group["momentum"] = first + (last - first) * min(1.0, step / MOMENTUM_STEPS)
     names = ("train/learning_rate", "train/muon_learning_rate")
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     return dict(zip(names, rates, strict=False))

@@ -5,6 +5,7 @@ from gpu_like import card
 from tiny import CPU, Calls, cpu_runtime, tiny_model
 from torch import nn
 
+import train_llm
 from corpus.packing import PackedCollator
 from engine import optim
 from engine.runtime import Runtime, fast_dtype, has_native_bf16, make_runtime
@@ -105,37 +106,60 @@ def test_muons_momentum_rises_over_the_first_steps_of_any_run():
         assert all(group["betas"] == (0.9, 0.95) for group in adamw.param_groups)
 
 
-def test_scaled_rates_are_literal_for_the_run_that_they_are_meant_for():
-    config = MUON | {"scale_learning_rate": True}
-    assert optim.learning_rate_scale(20_000, 16_384, config) == 1
-    assert optim.learning_rate_scale(100, 1_024, MUON) == 1
+def test_adamws_scaled_rate_is_literal_for_the_run_that_it_is_meant_for():
+    on = {"scale_learning_rate": True}
+    assert optim.learning_rate_scales(20_000, 16_384, CONFIG | on) == (1, 1)
+    adamw, muon = optim.learning_rate_scales(20_000, 16_384, MUON | on)
+    assert (adamw, muon) == (optim.BESIDE_MUON, 1)
+    assert optim.learning_rate_scales(100, 1_024, MUON) == (1, 1)
     assert optim.describe_learning_rate(100, 1_024, MUON) == "learning rate 0.001, Muon 0.02"
 
 
 def test_scaled_rates_fall_with_the_steps_and_rise_with_their_tokens():
     config = MUON | {"scale_learning_rate": True}
     lengths = [150, 600, 2_400, 10_000, 20_000, 100_000]
-    scales = [optim.learning_rate_scale(steps, 16_384, config) for steps in lengths]
+    scales = [optim.learning_rate_scales(steps, 16_384, config) for steps in lengths]
     assert scales == sorted(scales, reverse=True)
-    assert optim.learning_rate_scale(3, 16_384, config) == scales[0], "nothing shorter was measured"
-    sizes = [optim.learning_rate_scale(600, tokens, config) for tokens in (1_024, 16_384, 2**19)]
+    fewest = optim.learning_rate_scales(3, 16_384, config)
+    assert fewest == scales[0], "nothing shorter was measured"
+    sizes = [optim.learning_rate_scales(600, tokens, config) for tokens in (1_024, 2**14, 2**19)]
     assert sizes == sorted(sizes)
+
+
+# Tuned rates of others for Muon, in units of AdamW's update: steps, tokens of a step, rate.
+PUBLISHED = {
+    "Marin 130M": (5_000, 2**19, 3.5e-3),
+    "Marin 130M, 2x": (10_000, 2**19, 1.8e-3),
+    "Marin 130M, 8x": (40_000, 2**19, 1.8e-3),
+    "modded-nanogpt track 3": (3_250, 2**19, 4.5e-3),
+    "epfml 124M": (128_000, 2**17, 1e-3),
+}
+
+
+@pytest.mark.parametrize(("steps", "tokens", "rate"), PUBLISHED.values(), ids=list(PUBLISHED))
+def test_the_default_rate_of_muon_is_within_a_factor_of_two_of_what_others_tuned(
+    steps, tokens, rate
+):
+    config = train_llm.DEFAULTS
+    ours = config["muon_learning_rate"] * optim.learning_rate_scales(steps, tokens, config)[1]
+    assert 0.5 < ours / rate < 2
 
 
 @pytest.mark.parametrize("config", [CONFIG, MUON], ids=["adamw", "muon"])
 def test_a_run_that_scales_its_rates_trains_as_one_with_the_product_as_its_rates(config):
     """Whatever the batch is split into."""
-    scale = optim.learning_rate_scale(100, 2_048, config | {"scale_learning_rate": True})
-    literal = {key: config[key] * scale for key in ("learning_rate", "muon_learning_rate")}
-    scaled, plain = (optim.build(tiny_model(), c) for c in (config, config | literal))
     on = config | {"scale_learning_rate": True}
+    scales = optim.learning_rate_scales(100, 2_048, on)
+    names = ("learning_rate", "muon_learning_rate")
+    literal = {key: config[key] * scale for key, scale in zip(names, scales, strict=True)}
+    scaled, plain = (optim.build(tiny_model(), c) for c in (config, config | literal))
     for step in (1, 10, 60):
         for batch_size, accumulation in ((8, 1), (2, 4)):
             run = run_of(100, batch_size, accumulation)
             logged = optim.set_learning_rate(scaled, step, run, on)
             assert logged == pytest.approx(optim.set_learning_rate(plain, step, run, config))
     described = optim.describe_learning_rate(100, 2_048, on)
-    assert f"x {scale:.3g} = {literal['learning_rate']:.3g}" in described
+    assert f"x {scales[0]:.3g} = {literal['learning_rate']:.3g}" in described
     assert "(for 100 steps of 2,048 tokens)" in described
 
 
