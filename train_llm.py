@@ -36,7 +36,7 @@ wandb_config = {
     "n_layers": 6,  # blocks
     "d_ff": 2048,  # width of SwiGLU
     "max_seq_len": 128,  # tokens of a row; 512 or more for real corpora
-    "dropout": 0.0,  # a corpus that is read one to three times needs none
+    "dropout": "auto",  # 0; 0.2 where so few tokens would be learnt by heart
     "use_moe": False,  # a mixture of experts in place of each SwiGLU
     "num_experts": 4,  # of each block
     "top_k": 2,  # experts per token
@@ -141,6 +141,7 @@ def train(
         )
     else:
         model = CustomLLM(make_model_config(config, len(tokenizer)))
+    config = guards.fit_dropout(config, model, data_counts["tokens"], rt)
     rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     runtime.sum_in_fp16(model, config["fp16_accumulation"], rt)
@@ -236,6 +237,7 @@ def make_model_config(config: dict, vocab_size: int) -> CustomLLMConfig:
     """The vocabulary is padded to a multiple of 64, which makes a GPU's matrix products faster."""
     names = "d_model n_heads n_kv_heads n_layers d_ff max_seq_len dropout use_moe num_experts top_k"
     sizes = {name: config[name] for name in (*names.split(), "moe_d_ff")}
+    sizes["dropout"] = 0.0 if sizes["dropout"] == "auto" else sizes["dropout"]
     return CustomLLMConfig(-(-vocab_size // 64) * 64, **sizes)
 
 

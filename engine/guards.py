@@ -13,6 +13,10 @@ from engine.settings import AUTO_ROWS
 from engine.steps import StepSampler
 from model_config import CustomLLMConfig
 
+# Of the corpus for each parameter: with fewer tokens a model learns it by heart. Both measured, see
+# EXPERIMENTS.md.
+FEW_TOKENS, DROPOUT = 0.05, 0.2
+
 
 class NumericalError(ArithmeticError):
     """Training cannot go on: a loss, gradients or weights not finite, or fp16's scale collapsed."""
@@ -77,6 +81,24 @@ def check_memory(sizes: CustomLLMConfig):
             f"{', '.join(f'{name}={getattr(sizes, name)}' for name in names)}: these weights take "
             f"{needed:,.0f} GiB, and this machine has {there:,.0f}."
         )
+
+
+def fit_dropout(config: dict, model, tokens: int, rt: Runtime) -> dict:
+    """config with dropout "auto" replaced by a number, which the model has from now on.
+
+    tokens: of the corpus. 0 where there are enough of them, or where each is read once.
+    """
+    if config["dropout"] != "auto":
+        return config
+    parameters = sum(p.numel() for p in model.parameters())
+    is_small = tokens < FEW_TOKENS * parameters and config["num_epochs"] > 1
+    rate = DROPOUT if is_small else 0.0
+    if is_small:
+        rt.say(f"dropout auto: {rate}, because {parameters:,} parameters read {tokens:,} tokens.")
+    model.config.dropout = rate
+    for block in model.model.layers:
+        block.dropout = block.self_attn.dropout = rate
+    return config | {"dropout": rate}
 
 
 def fit_batch_size(

@@ -11,16 +11,18 @@ from models import CustomLLM
 from tokenizer import IM_END, create_tokenizer
 
 
-def load_model_folder(path, tokenizer, dropout: float, max_length: int, say) -> CustomLLM:
+def load_model_folder(path, tokenizer, dropout, max_length: int, say) -> CustomLLM:
     """A model in fp32 from any folder of the Qwen3 architecture. Says what it inherits.
 
-    A context shorter than max_length grows to it: RoPE needs no new weights.
+    A context shorter than max_length grows to it: RoPE needs no new weights. A dropout of "auto"
+    is 0, until guards.fit_dropout knows better.
 
     Raises:
         ValueError: no such folder, another architecture, or a vocabulary smaller than the
             tokenizer's.
     """
     check_model_folder(path)
+    dropout = 0.0 if dropout == "auto" else dropout
     model = CustomLLM.from_pretrained(path, dtype=torch.float32, dropout=dropout)
     config = model.config
     config.max_seq_len = max(config.max_seq_len, max_length)

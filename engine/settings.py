@@ -69,10 +69,11 @@ def find_problem(key: str, value, default) -> str | None:
         if not any(type(value) is type(choice) and value == choice for choice in allowed):
             return f"{key}={shorten(value)} must be one of {', '.join(map(repr, allowed))}"
         return None
-    if key in AUTO:
+    may_be_auto = key in AUTO or default == "auto"
+    if may_be_auto:
         if value == "auto":
             return None
-        default = AUTO[key]
+        default = AUTO.get(key, 1.0)
     if key in DATASETS and isinstance(value, dict | list | tuple):
         rule = _broken_datasets_rule(value)
         return f"{key}={shorten(value)} must be {rule}" if rule else None
@@ -93,7 +94,7 @@ def find_problem(key: str, value, default) -> str | None:
         rule = _broken_number_rule(key, value, isinstance(default, int))
     elif isinstance(default, str):
         rule = _broken_text_rule(value)
-    if rule and key in AUTO:
+    if rule and may_be_auto:
         rule = f'"auto" or {rule}'
     return f"{key}={shorten(value)} must be {rule}" if rule else None
 
@@ -184,7 +185,7 @@ def own_arguments(stage_function) -> list[str]:
 
 
 def _reader(key: str, default):
-    keep_text = isinstance(default, str) and key not in CHOICES and key not in AUTO
+    keep_text = isinstance(default, str) and default != "auto" and key not in CHOICES
 
     def read(text: str):
         if key in DATASETS:

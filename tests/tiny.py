@@ -28,6 +28,7 @@ LOOP = {
     "num_workers": 0,
     "optimizer": "adamw",
     "scale_learning_rate": False,
+    "dropout": 0.0,
     "mixed_precision": "no",
     "log_every": 1,
     "eval_every": 4,

@@ -1,20 +1,14 @@
-"""What protects a run: finite numbers."""
+"""What protects a run: finite numbers, and dropout where a text would be learnt by heart."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import (
-    CPU,
-    cpu_runtime,
-)
+from tiny import CPU, cpu_runtime, tiny_model
 from torch import nn
 
 from engine import optim
-from engine.guards import (
-    FiniteGuard,
-    NumericalError,
-)
+from engine.guards import FiniteGuard, NumericalError, fit_dropout
 from engine.runs import Run
 from engine.runtime import Runtime
 from engine.steps import StepSampler
@@ -69,3 +63,31 @@ def test_overflows_that_the_fp16_scaler_skips_are_no_error():
     guard = make_guard(rt)
     guard.note(1, overflow(rt))
     guard.check(2.0, 1)
+
+
+# --- a corpus that is learnt by heart ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens_per_parameter", "epochs", "expected"),
+    [
+        ("auto", 0.01, 3, 0.2),
+        ("auto", 0.01, 1, 0.0),  # nothing is read twice
+        ("auto", 1, 3, 0.0),
+        (0.1, 0.01, 3, 0.1),
+    ],
+)
+def test_dropout_auto_is_for_few_tokens_that_are_read_again(
+    asked, tokens_per_parameter, epochs, expected
+):
+    model = tiny_model(dropout=0.1 if asked == 0.1 else 0.0).train()
+    parameters = sum(p.numel() for p in model.parameters())
+    config = {"dropout": asked, "num_epochs": epochs}
+    rt = cpu_runtime()
+    found = fit_dropout(config, model, int(tokens_per_parameter * parameters), rt)
+    assert found["dropout"] == model.config.dropout == expected
+    ids = torch.arange(1, 41).view(2, 20)
+    losses = {model(input_ids=ids, labels=ids).loss.item() for _ in range(2)}
+    assert len(losses) == (2 if expected else 1)
+    model.eval()
+    assert len({model(input_ids=ids, labels=ids).loss.item() for _ in range(2)}) == 1
