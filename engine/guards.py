@@ -13,8 +13,8 @@ from engine.settings import AUTO_ROWS
 from engine.steps import StepSampler
 from model_config import CustomLLMConfig
 
-# With fewer tokens of the corpus for each parameter a model learns it by heart. The limit is a guess,
-# the rate was measured: see EXPERIMENTS.md.
+# With fewer tokens of the corpus for each parameter a model learns it by heart. The limit is a
+# guess, the rate was measured: see EXPERIMENTS.md.
 FEW_TOKENS, DROPOUT = 0.05, 0.2
 
 
