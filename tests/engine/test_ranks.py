@@ -106,7 +106,9 @@ def test_two_ranks_train_as_one_process_does(runs, name, mode):
     assert [m["step"] for m in found] == [m["step"] for m in expected]
     for one, two in zip(expected, found, strict=True):
         for key in NAMES & one.keys():
-            assert two[key] == pytest.approx(one[key], abs=1e-5, rel=1e-5), (key, one["step"])
+            # Newton-Schulz makes more of a gradient's rounding, and of the next gradient's norm.
+            allowed = 5e-5 if key == "train/grad_norm" else 1e-5
+            assert two[key] == pytest.approx(one[key], abs=allowed, rel=allowed), (key, one["step"])
     final = weights(together / "final")
     for key, tensor in weights(alone / "final").items():
         torch.testing.assert_close(final[key], tensor, atol=2e-4, rtol=0)

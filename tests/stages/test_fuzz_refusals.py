@@ -104,11 +104,12 @@ UNKNOWN = st.sampled_from([None, 3, 1.5, ("a",), "d_modle", ""]) | st.text()
 
 
 def is_well_formed(key: str, value, default) -> bool:
-    if (key in OPTIONAL and value is None) or (key in AUTO and value == "auto"):
+    may_be_auto = key in AUTO or default == "auto"
+    if (key in OPTIONAL and value is None) or (may_be_auto and value == "auto"):
         return True
     if key == "trackers":
         return isinstance(value, list | tuple) and set(value) <= set(TRACKERS)
-    default = (OPTIONAL | AUTO).get(key, default)
+    default = (OPTIONAL | AUTO).get(key, 0.1 if may_be_auto else default)
     if key in ("torch_compile", "gradient_checkpointing", "resume"):
         return isinstance(value, str | bool)
     if isinstance(default, bool | str):
