@@ -2,9 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import wandb
+from conftest import ROOT
 
 from engine import mirrors
 from engine.mirrors import choose_mode, is_logged_in
@@ -191,9 +194,9 @@ CLOUD, OWN, OTHER = "https://api.wandb.ai", "https://wandb.example.org", "https:
     ],
 )
 def test_an_account_is_asked_of_wandb_for_the_server_in_use(
-    tmp_path, run_python, monkeypatch, machine, server, key, expected
+    tmp_path, monkeypatch, machine, server, key, expected
 ):
-    """In a process of its own: wandb remembers what it has seen."""
+    """In a process of its own: wandb remembers what it has seen. In a fork it hung once."""
     (tmp_path / ".netrc").write_text(f"machine {machine} login user password {KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
     for name, value in {"HOME": str(tmp_path), "WANDB_BASE_URL": server}.items():
@@ -202,7 +205,9 @@ def test_an_account_is_asked_of_wandb_for_the_server_in_use(
         monkeypatch.delenv(name, raising=False)
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    done = run_python("from engine.mirrors import is_logged_in; print(is_logged_in())")
+    code = "from engine.mirrors import is_logged_in; print(is_logged_in())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == expected, done.stderr
 
 
