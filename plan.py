@@ -35,7 +35,7 @@ from corpus.processes import count_cores
 from corpus.readers import Portion, find_files
 from corpus.sources import datasets_of, is_remote
 from dpo_data import PairCollator, PairRecipe
-from engine import cards, finished, memory, optim, runtime, settings
+from engine import cards, memory, optim, runs, runtime, settings
 from engine.cadence import LOOKING, SAVING
 from engine.cards import Card
 from engine.command import as_command
@@ -95,15 +95,13 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     if stage is PRETRAIN and not config["init_from"]:
         return config, train_llm.make_model_config(config, config["vocab_size"]), "wandb_config"
     try:
-        folder = config["init_from"] or finished.find_final(
-            config["output_dir"], stage.stage_before
-        )
+        folder = runs.model_before(config, stage.stage_before)
     except ValueError:
         shape: dict = train_llm.wandb_config
         found = train_llm.make_model_config(shape, shape["vocab_size"])
         source = f"train_llm.py's wandb_config (no finished {stage.stage_before} run)"
         return config, found, source
-    return config, CustomLLMConfig.from_pretrained(folder), str(folder)
+    return config, CustomLLMConfig.from_pretrained(folder), folder
 
 
 def estimate_data(stage: Stage, config: dict, vocab_size: int) -> Estimate | None:

@@ -22,8 +22,10 @@ from learning_rates import MODEL
 from peers import ROOT  # noqa: F401  # finds the project
 
 import train_llm
+from corpus import cache
 from corpus.packing import PackedCollator
 from engine import optim
+from engine.evaluation import validate
 from engine.runtime import make_runtime
 from models import CustomLLM
 from train_data import prepare_data
@@ -103,20 +105,11 @@ def train(arguments, chunk: int, seed: int) -> dict:
         optim.step(model, optimizers, rt, config["max_grad_norm"])
         if step % 50 == 0:
             print(f"chunk {chunk}, seed {seed}, step {step}: loss {loss:.4f}", flush=True)
-    return {"chunk": chunk, "seed": seed, "loss": held_out_loss(model, splits, collate)} | {
-        "loss scale": rt.scaler.get_scale()
-    }
-
-
-@torch.no_grad()
-def held_out_loss(model, splits, collate) -> float:
-    rows = splits["validation"].with_format("numpy")
-    nats, targets = 0.0, 0
-    for start in range(0, len(rows), 8):
-        batch = collate([rows[i] for i in range(start, min(start + 8, len(rows)))])
-        nats += model(**batch, num_items_in_batch=1, skip_logits=True).loss.item()
-        targets += int((batch["labels"][:, 1:] != -100).sum())
-    return nats / targets
+    held_out = splits["validation"].with_format("numpy")
+    batches = [collate([row]) for row in held_out]
+    plain = make_runtime(None, rt.device)  # no autocast: the layers round by themselves
+    loss = validate(model, batches, cache.target_bytes(held_out, tokenizer), plain)["val/loss"]
+    return {"chunk": chunk, "seed": seed, "loss": loss, "loss scale": rt.scaler.get_scale()}
 
 
 def main():

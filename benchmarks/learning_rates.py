@@ -27,10 +27,10 @@ from statistics import mean
 
 from peers import ROOT
 
+from engine.finished import SCRIPTS
 from engine.settings import parse_value
 from engine.tracker import read_metrics
 
-SCRIPTS = {"pretrain": "train_llm", "sft": "sft_train", "dpo": "dpo_train"}
 MODEL = {"d_model": 256, "n_heads": 4, "n_layers": 3, "d_ff": 704, "vocab_size": 4096}  # 3.5 M
 MODEL |= {"max_seq_len": 256, "batch_size": 4, "tokenizer_megabytes": 30}
 TUNING = {"max_length": 512, "batch_size": 1}
@@ -42,7 +42,7 @@ RUN |= {"mixed_precision": "bf16"}
 def run_one(arguments, changes: dict) -> dict:
     """One run of the stage's script, in a process of its own."""
     folder, script = Path(arguments.folder), SCRIPTS[arguments.stage]
-    defaults = importlib.import_module(script).DEFAULTS
+    defaults = importlib.import_module(Path(script).stem).DEFAULTS
     config = (MODEL if arguments.stage == "pretrain" else TUNING) | RUN
     config |= {"dataset": arguments.data, "output_dir": str(folder)} | changes
     for key in ("learning_rate", "muon_learning_rate"):
@@ -51,7 +51,7 @@ def run_one(arguments, changes: dict) -> dict:
     tokenizer = folder / "tokenizer"
     if tokenizer.exists() and arguments.stage == "pretrain":
         config["tokenizer_path"] = str(tokenizer)
-    command = [sys.executable, f"{script}.py"]
+    command = [sys.executable, script]
     command += [f"--{key}={value}" for key, value in config.items()]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     began = time.perf_counter()
@@ -104,12 +104,16 @@ def print_table(results: Path):
     factors = sorted({factor for of_line in losses.values() for factor in of_line})
     print("| run | " + " | ".join(f"x{factor:g}" for factor in factors) + " |")
     for others, of_line in losses.items():
-        cells = []
-        for values in (of_line[factor] for factor in factors):
-            diverged = any(value is None for value in values)
-            cell = "diverged" if diverged else f"{mean(values):.4f} ({len(values)})"
-            cells.append(cell if values else "")
+        cells = [describe_losses(of_line[factor]) for factor in factors]
         print(f"| {others} | " + " | ".join(cells) + " |")
+
+
+def describe_losses(losses: list[float | None]) -> str:
+    """Of the seeds that ran; '' where none did."""
+    numbers = [loss for loss in losses if loss is not None]
+    if len(numbers) < len(losses):
+        return "diverged"
+    return f"{mean(numbers):.4f} ({len(numbers)})" if numbers else ""
 
 
 def main():

@@ -73,7 +73,7 @@ def build_stock(name: str, config: CustomLLMConfig):
     if name == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**stock))
     stock["head_dim"] = config.head_dim
-    if name.startswith("qwen3") and name != "qwen3-moe":
+    if name in ("qwen3", "qwen3+fused"):
         return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**stock))
     return transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(**stock, output_router_logits=True)

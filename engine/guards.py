@@ -15,7 +15,7 @@ from model_config import CustomLLMConfig
 
 # With fewer tokens of the corpus for each parameter a model learns it by heart. The limit is a
 # guess, the rate was measured: see EXPERIMENTS.md.
-FEW_TOKENS, DROPOUT = 0.05, 0.2
+BY_HEART, DROPOUT = 0.05, 0.2
 
 
 class NumericalError(ArithmeticError):
@@ -91,7 +91,7 @@ def fit_dropout(config: dict, model, tokens: int, rt: Runtime) -> dict:
     if config["dropout"] != "auto":
         return config
     parameters = sum(p.numel() for p in model.parameters())
-    is_small = tokens < FEW_TOKENS * parameters and config["num_epochs"] > 1
+    is_small = tokens < BY_HEART * parameters and config["num_epochs"] > 1
     rate = DROPOUT if is_small else 0.0
     if is_small:
         rt.say(f"dropout auto: {rate}, because {parameters:,} parameters read {tokens:,} tokens.")

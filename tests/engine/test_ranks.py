@@ -107,7 +107,8 @@ def test_two_ranks_train_as_one_process_does(runs, name, mode):
     for one, two in zip(expected, found, strict=True):
         for key in NAMES & one.keys():
             # Newton-Schulz makes more of a gradient's rounding, and of the next gradient's norm.
-            allowed = 5e-5 if key == "train/grad_norm" else 1e-5
+            is_muons_norm = key == "train/grad_norm" and name in ("muon", "handed on")
+            allowed = 5e-5 if is_muons_norm else 1e-5
             assert two[key] == pytest.approx(one[key], abs=allowed, rel=allowed), (key, one["step"])
     final = weights(together / "final")
     for key, tensor in weights(alone / "final").items():
