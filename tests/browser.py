@@ -134,6 +134,9 @@ class Browser:
         box.send_keys(text)
 
     def open(self, address: str):
+        """Afresh: the page before is left, and what its cut streams complained of is read."""
+        self.driver.get("about:blank")
+        self.driver.get_log("browser")
         self.driver.get(address)
         self.find("#message textarea")
 
