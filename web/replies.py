@@ -1,7 +1,9 @@
 """What the page asks models for: which there are, and a reply while it is generated."""
 
 import functools
+import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +15,7 @@ from engine.finished import SCRIPTS
 from engine.generation import Sampling
 from engine.model_folder import check_model_folder, open_model_folder
 
+BETWEEN_UPDATES = 0.1  # seconds: with every token of a small model the page hears no click
 LOADED = 2  # models that stay in memory: as many as a comparison has
 _generating = threading.Lock()  # one reply at a time: torch.manual_seed sets the whole process
 
@@ -69,11 +72,13 @@ def stream(chat: Chat, text: str) -> Iterator[str]:
 
     with ThreadPoolExecutor(1) as thread:
         reply = thread.submit(generate)
-        known = ""
+        known, shown = "", -math.inf
         try:
             for piece in streamer:
                 known += piece
-                yield known
+                if time.monotonic() > shown + BETWEEN_UPDATES:
+                    yield known
+                    shown = time.monotonic()
         finally:
             stop.interrupted = True
         yield reply.result()

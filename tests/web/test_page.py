@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, serving
-from tiny import dpo_config, peer, sft_config, write_jsonl
+from tiny import dpo_config, peer, pretrain_config, sft_config, write_jsonl
 
 from dpo_train import train_dpo
 from engine.conversation import Chat
 from engine.generation import Sampling
 from sft_train import train_sft
+from train_llm import train
 from web.votes import Standing, Votes
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow]
@@ -34,7 +35,7 @@ BOT = '#chat [data-testid="bot"]'
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, base_model) -> Path:
-    """With checkpoints of three runs: two models that know one answer by heart, and their base."""
+    """With checkpoints of three runs: two models know one answer by heart, the third never ends."""
     peer("gradio")
     folder = tmp_path_factory.mktemp("web")
     learned = {"max_steps": 100, "num_epochs": 50, "learning_rate": 0.01, "eval_every": 100}
@@ -44,8 +45,9 @@ def folder(tmp_path_factory, base_model) -> Path:
         config = sft_config(folder, base_model) | learned | data
         train_sft(run_name=name, wandb_config=config)
         assert reply_of(folder, f"sft/{name}", "问1") == answer
-    (folder / "checkpoints/pretrain/base").mkdir(parents=True)
-    (folder / "checkpoints/pretrain/base/final").symlink_to(base_model)
+    endless = [{"text": "天地玄黄" * (800 + number)} for number in range(8)]
+    data = {"dataset": write_jsonl(folder / "endless.jsonl", endless), "tokenizer_path": base_model}
+    train(run_name="base", wandb_config=pretrain_config(folder) | learned | data)
     return folder
 
 
@@ -139,6 +141,7 @@ def test_stop_ends_a_reply_and_the_page_goes_on(browser, folder):
     browser.click("button.label-wrap")
     browser.type('#max_new_tokens input[type="number"]', "2048\n")
     say(browser, "天地")
+    browser.wait(lambda: "".join(browser.texts(BOT)), "no reply")
     browser.click('[data-testid="stop-button"]')
     browser.find('[data-testid="submit-button"]')
     stopped = browser.texts(BOT)
