@@ -61,7 +61,7 @@ wandb_config = {
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "stop_after": None,  # "55m": save and end then; the same command goes on
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
-    "muon_learning_rate": 1e-3,  # peak of the matrices that Muon takes
+    "muon_learning_rate": 1.3e-3,  # peak of the matrices that Muon takes
     "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine

@@ -15,8 +15,9 @@ STACK = 2**25  # elements of the matrices that Muon updates together, which boun
 # The run that the learning rates of a wandb_config are meant for, and how the best rates follow
 # its length and its steps' size: measured, see benchmarks/README.md.
 STEPS, TOKENS_PER_STEP = 20_000, 16_384
-STEPS_POWER, TOKENS_POWER = 0.4, 0.1
-BESIDE_MUON = 8.0  # times learning_rate is AdamW's rate where Muon takes the matrices
+STEPS_POWER, TOKENS_POWER = 0.4, 0.3
+# times learning_rate is AdamW's rate: for all of a model, or beside Muon, which takes the matrices
+ADAMW = {"adamw": 4.0, "muon": 10.0}
 FEWEST_STEPS = 150  # that were measured: at fewer the rates rise no further
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95), 300  # Muon's: from, to; measured, as above
 
@@ -134,13 +135,15 @@ def orthogonalize(stack: torch.Tensor, coefficients, steps: int, eps: float) -> 
 def learning_rate_scales(steps: int, tokens_per_step: int, config: dict) -> tuple[float, float]:
     """What the peaks of AdamW and of Muon are multiplied by: short runs learn faster.
 
-    (1, 1): they are literal. Beside Muon, AdamW has the embedding, which is the head too.
+    (1, 1): they are literal. A step of few tokens has a noisy gradient and learns slower; at more
+    than TOKENS_PER_STEP published rates rise no further. Beside Muon, AdamW has the embedding,
+    which is the head too.
     """
     if not config["scale_learning_rate"]:
         return 1.0, 1.0
     scale = (STEPS / max(steps, FEWEST_STEPS)) ** STEPS_POWER
-    scale *= (tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
-    return scale * (BESIDE_MUON if config["optimizer"] == "muon" else 1.0), scale
+    scale *= min(1, tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
+    return scale * ADAMW[config["optimizer"]], scale
 
 
 def describe_learning_rate(steps: int, tokens_per_step: int, config: dict) -> str:

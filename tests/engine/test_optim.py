@@ -106,11 +106,11 @@ def test_muons_momentum_rises_over_the_first_steps_of_any_run():
         assert all(group["betas"] == (0.9, 0.95) for group in adamw.param_groups)
 
 
-def test_adamws_scaled_rate_is_literal_for_the_run_that_it_is_meant_for():
+def test_muons_scaled_rate_is_literal_for_the_run_that_it_is_meant_for():
     on = {"scale_learning_rate": True}
-    assert optim.learning_rate_scales(20_000, 16_384, CONFIG | on) == (1, 1)
-    adamw, muon = optim.learning_rate_scales(20_000, 16_384, MUON | on)
-    assert (adamw, muon) == (optim.BESIDE_MUON, 1)
+    alone, muon = optim.learning_rate_scales(20_000, 16_384, CONFIG | on)
+    beside, same = optim.learning_rate_scales(20_000, 16_384, MUON | on)
+    assert muon == same == 1 < alone < beside
     assert optim.learning_rate_scales(100, 1_024, MUON) == (1, 1)
     assert optim.describe_learning_rate(100, 1_024, MUON) == "learning rate 0.001, Muon 0.02"
 
@@ -122,8 +122,9 @@ def test_scaled_rates_fall_with_the_steps_and_rise_with_their_tokens():
     assert scales == sorted(scales, reverse=True)
     fewest = optim.learning_rate_scales(3, 16_384, config)
     assert fewest == scales[0], "nothing shorter was measured"
-    sizes = [optim.learning_rate_scales(600, tokens, config) for tokens in (1_024, 2**14, 2**19)]
+    sizes = [optim.learning_rate_scales(600, tokens, config) for tokens in (256, 1_024, 2**14)]
     assert sizes == sorted(sizes)
+    assert optim.learning_rate_scales(600, 2**19, config) == sizes[-1], "as published rates do"
 
 
 # Tuned rates of others for Muon, in units of AdamW's update: steps, tokens of a step, rate.
