@@ -50,14 +50,14 @@ wandb_config = {
     # optimization
     "batch_size": 16,  # rows of one forward pass; "auto": as many of 32 as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
-    "learning_rate": 1.1e-4,  # peak, for 20,000 steps of 16,384 tokens
+    "learning_rate": 6e-5,  # peak, for 20,000 steps
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
     "stop_after": None,  # "55m": save and end then; the same command goes on
     "optimizer": "muon",  # for the blocks' matrices; "adamw": for everything
-    "muon_learning_rate": 1.4e-3,  # peak of the matrices that Muon takes
-    "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
+    "muon_learning_rate": 6e-4,  # peak of the matrices that Muon takes
+    "scale_learning_rate": True,  # both, to the run's steps; False: literal
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.1,  # on matrices only

@@ -18,7 +18,7 @@ STEPS, TOKENS_PER_STEP = 20_000, 16_384
 STEPS_POWER, TOKENS_POWER = 0.4, 0.3
 # times learning_rate is AdamW's rate: for all of a model, or beside Muon, which takes the matrices
 ADAMW = {"adamw": 4.0, "muon": 10.0}
-FEWEST_STEPS = 150  # that were measured: at fewer the rates rise no further
+FEWEST_STEPS = {"pretraining": 150, "tuning": 600}  # at fewer the rates rise no further
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95), 300  # Muon's: from, to; measured, as above
 
 
@@ -136,13 +136,17 @@ def learning_rate_scales(steps: int, tokens_per_step: int, config: dict) -> tupl
     """What the peaks of AdamW and of Muon are multiplied by: short runs learn faster.
 
     (1, 1): they are literal. A step of few tokens has a noisy gradient and learns slower; at more
-    than TOKENS_PER_STEP published rates rise no further. Beside Muon, AdamW has the embedding,
-    which is the head too.
+    than TOKENS_PER_STEP published rates rise no further. Tuning begins where pre-training ended:
+    there neither few tokens nor very few steps change the best rate. Beside Muon, AdamW has the
+    embedding, which is the head too.
     """
     if not config["scale_learning_rate"]:
         return 1.0, 1.0
-    scale = (STEPS / max(steps, FEWEST_STEPS)) ** STEPS_POWER
-    scale *= min(1, tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
+    is_pretraining = "d_model" in config
+    fewest = FEWEST_STEPS["pretraining" if is_pretraining else "tuning"]
+    scale = (STEPS / max(steps, fewest)) ** STEPS_POWER
+    if is_pretraining:
+        scale *= min(1, tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
     return scale * ADAMW[config["optimizer"]], scale
 
 

@@ -5,6 +5,7 @@ from gpu_like import card
 from tiny import CPU, Calls, cpu_runtime, tiny_model
 from torch import nn
 
+import sft_train
 import train_llm
 from corpus.packing import PackedCollator
 from engine import optim
@@ -13,7 +14,7 @@ from engine.steps import StepLoader
 
 CONFIG = {"optimizer": "adamw", "learning_rate": 1e-3, "muon_learning_rate": 2e-2}
 CONFIG |= {"weight_decay": 0.1, "warmup_ratio": 0.1, "min_lr_ratio": 0.2}
-CONFIG |= {"scale_learning_rate": False}
+CONFIG |= {"scale_learning_rate": False, "d_model": 64}
 MUON = CONFIG | {"optimizer": "muon"}
 
 
@@ -125,6 +126,14 @@ def test_scaled_rates_fall_with_the_steps_and_rise_with_their_tokens():
     sizes = [optim.learning_rate_scales(600, tokens, config) for tokens in (256, 1_024, 2**14)]
     assert sizes == sorted(sizes)
     assert optim.learning_rate_scales(600, 2**19, config) == sizes[-1], "as published rates do"
+
+
+def test_the_rates_of_tuning_fall_with_the_steps_from_600_and_know_no_tokens():
+    config = sft_train.DEFAULTS
+    lengths = [100, 600, 2_400, 20_000]
+    scales = [optim.learning_rate_scales(steps, 512, config) for steps in lengths]
+    assert scales[0] == scales[1] > scales[2] > scales[3]
+    assert scales == [optim.learning_rate_scales(steps, 2**14, config) for steps in lengths]
 
 
 # Tuned rates of others for Muon, in units of AdamW's update: steps, tokens of a step, rate.
