@@ -56,6 +56,8 @@ def run_one(arguments, changes: dict) -> dict:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        raise SystemExit(f"Signal {-done.returncode} ended a run: it is not in the results.")
     last = done.stdout.splitlines()[-1] if done.stdout else ""
     if not last.startswith("Finished: "):  # a rate at which the loss is no number
         return {"loss": None, "why": (done.stderr or last)[-300:]}
