@@ -16,9 +16,9 @@ STACK = 2**25  # elements of the matrices that Muon updates together, which boun
 # its length and its steps' size: measured, see benchmarks/README.md.
 STEPS, TOKENS_PER_STEP = 20_000, 16_384
 STEPS_POWER, TOKENS_POWER = 0.4, 0.3
-# times learning_rate is AdamW's rate: for all of a model, or beside Muon, which takes the matrices
-ADAMW = {"adamw": 4.0, "muon": 10.0}
-FEWEST_STEPS = {"pretraining": 150, "tuning": 600}  # at fewer the rates rise no further
+# Times learning_rate is AdamW's rate: for all of a model, or beside Muon, which takes the matrices.
+ADAMW_FACTORS = {"adamw": 4.0, "muon": 10.0}
+FEWEST_STEPS, FEWEST_TUNING_STEPS = 150, 600  # at fewer the rates rise no further
 MOMENTUM, MOMENTUM_STEPS = (0.85, 0.95), 300  # Muon's: from, to; measured, as above
 
 
@@ -142,12 +142,12 @@ def learning_rate_scales(steps: int, tokens_per_step: int, config: dict) -> tupl
     """
     if not config["scale_learning_rate"]:
         return 1.0, 1.0
-    is_pretraining = "d_model" in config
-    fewest = FEWEST_STEPS["pretraining" if is_pretraining else "tuning"]
-    scale = (STEPS / max(steps, fewest)) ** STEPS_POWER
-    if is_pretraining:
+    if "d_model" in config:  # pre-training
+        scale = (STEPS / max(steps, FEWEST_STEPS)) ** STEPS_POWER
         scale *= min(1, tokens_per_step / TOKENS_PER_STEP) ** TOKENS_POWER
-    return scale * ADAMW[config["optimizer"]], scale
+    else:
+        scale = (STEPS / max(steps, FEWEST_TUNING_STEPS)) ** STEPS_POWER
+    return scale * ADAMW_FACTORS[config["optimizer"]], scale
 
 
 def describe_learning_rate(steps: int, tokens_per_step: int, config: dict) -> str:
