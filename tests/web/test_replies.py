@@ -1,11 +1,13 @@
 import os
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
+from tiny import pretrain_config, write_jsonl
 
 from engine.conversation import Chat
 from engine.generation import Sampling
+from train_llm import train
 from web.replies import Models, stream
 
 GREEDY = Sampling(24, 0, 1, 1)
@@ -45,10 +47,22 @@ def test_a_model_is_loaded_once(tmp_path, base_model):
 
 
 def test_the_stream_grows_to_the_reply_of_the_terminal(base_model):
-    known = list(stream(Chat(base_model, GREEDY, 1, None), "天地"))
-    assert known[-1] == Chat(base_model, GREEDY, 1, None).reply("天地")
-    assert len(known) > 2
-    assert all(after.startswith(before) for before, after in pairwise(known[:-1]))
+    *before, reply = stream(Chat(base_model, GREEDY, 1, None), "天地")
+    assert reply == Chat(base_model, GREEDY, 1, None).reply("天地")
+    assert all(reply.startswith(known.strip()) for known in before)
+
+
+def test_the_stream_grows_while_the_model_generates(tmp_path, base_model):
+    records = [{"text": "天地玄黄" * (800 + number)} for number in range(8)]
+    data = {"dataset": write_jsonl(tmp_path / "endless.jsonl", records), "max_steps": 60}
+    learned = {"tokenizer_path": base_model, "learning_rate": 0.01, "num_epochs": 50}
+    never_ends = train(wandb_config=pretrain_config(tmp_path) | data | learned)
+    replies = stream(Chat(never_ends, Sampling(10**6, 0, 1, 1), 1, None), "天地")
+    known = list(islice(replies, 4))  # a reply of a few tokens can end before its second update
+    replies.close()
+    assert len(known) == 4
+    assert all(after.startswith(before) for before, after in pairwise(known))
+    assert len(known[0]) < len(known[3])
 
 
 def test_closing_the_stream_ends_generation(base_model):
