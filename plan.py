@@ -28,7 +28,7 @@ import torch
 import dpo_train
 import sft_train
 import train_llm
-from corpus.estimate import Estimate, estimate, first_megabyte
+from corpus.estimate import Estimate, estimate, first_megabyte, text_bytes
 from corpus.packing import PackedCollator
 from corpus.preparation import Corpus, Recipe
 from corpus.processes import count_cores
@@ -45,7 +45,7 @@ from engine.time_limit import seconds_per_step
 from models import CustomLLM, CustomLLMConfig
 from sft_data import ConversationRecipe
 from tokenizer import create_tokenizer, train_tokenizer
-from train_data import DocumentRecipe
+from train_data import DocumentRecipe, choose_vocab_size
 
 CARD, MOST_GIB = "RTX 3090", 1024
 MFU = (0.24, 0.50)  # plain and compiled runs of 100M models on consumer cards, as others report
@@ -93,23 +93,40 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     if config["batch_size"] == "auto":
         config["batch_size"] = settings.AUTO_ROWS
     if stage is PRETRAIN and not config["init_from"]:
-        return config, train_llm.make_model_config(config, config["vocab_size"]), "wandb_config"
+        return config, new_model_config(config), "wandb_config"
     try:
         folder = runs.model_before(config, stage.stage_before)
     except ValueError:
         shape: dict = train_llm.wandb_config
-        found = train_llm.make_model_config(shape, shape["vocab_size"])
         source = f"train_llm.py's wandb_config (no finished {stage.stage_before} run)"
-        return config, found, source
+        return config, new_model_config(shape), source
     return config, CustomLLMConfig.from_pretrained(folder), folder
+
+
+def new_model_config(config: dict) -> CustomLLMConfig:
+    """The model that train_llm.py makes. Its vocabulary is the tokenizer's."""
+    vocab_size, corpus = config["vocab_size"], local_corpus(config)
+    if config["tokenizer_path"]:
+        vocab_size = len(create_tokenizer(model_path=config["tokenizer_path"]))
+    elif vocab_size == "auto" and corpus:
+        size = text_bytes(corpus, first_megabyte(corpus), config["max_dataset_bytes"])
+        vocab_size = choose_vocab_size(vocab_size, size)
+    return train_llm.make_model_config(config, choose_vocab_size(vocab_size))
+
+
+def local_corpus(config: dict) -> Corpus | None:
+    """None where a dataset lies elsewhere."""
+    chosen = datasets_of(config["dataset"])
+    if any(is_remote(name) for name, _ in chosen):
+        return None
+    return Corpus([(find_files(name), share) for name, share in chosen])
 
 
 def estimate_data(stage: Stage, config: dict, vocab_size: int) -> Estimate | None:
     """The corpus, by its first megabyte; None where a dataset lies elsewhere."""
-    chosen = datasets_of(config["dataset"])
-    if any(is_remote(name) for name, _ in chosen):
+    corpus = local_corpus(config)
+    if corpus is None:
         return None
-    corpus = Corpus([(find_files(name), share) for name, share in chosen])
     portion, length = first_megabyte(corpus), config[stage.length_key]
     column = config.get("text_column")
     folder = config["init_from"] or config.get("tokenizer_path")
@@ -177,7 +194,7 @@ def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
     rates = optim.describe_learning_rate(steps, rows * row_length, config)
     checkpoints = (config["keep_checkpoints"] + 1) * CHECKPOINT_BYTES + FINAL_BYTES
     return [
-        f"Data: {config['dataset']}, about {data.tokens:,.0f} tokens, {tokens / parameters:.1f} of "
+        f"Data: {config['dataset']}, about {data.tokens:,.0f} tokens, {tokens / parameters:.2f} of "
         f"training per parameter (estimated from its first megabyte)",
         f"Preparing it: about {duration(seconds)} on {cores} cores ({data.tokens_per_second:,.0f} "
         "tokens/s a core, measured here on that megabyte)",

@@ -7,6 +7,7 @@ Rows are in memory-mapped Arrow files: a corpus larger than RAM is read in const
 """
 
 import argparse
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -42,13 +43,15 @@ from tokenizer import create_tokenizer, tokenizer_identity, train_tokenizer
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or data workers warn
 
 CACHE_VERSION = 3  # raise it when the rows made from the same text change
+# What vocab_size "auto" comes to, and from how many bytes of text on. EXPERIMENTS.md has the runs.
+VOCAB_SIZE, SMALL_VOCAB_SIZE, LONG_TEXT = 6400, 3072, 4_000_000
 
 
 def prepare_data(
     tokenizer_path: str | None = None,
     dataset: str | list | dict = SAMPLE,
     max_seq_len: int = 512,
-    vocab_size: int = 6400,
+    vocab_size: int | str = VOCAB_SIZE,
     text_column: str | None = None,
     tokenizer_megabytes: float = 10,
     **options,
@@ -57,6 +60,7 @@ def prepare_data(
 
     Args:
         tokenizer_path: local folder or Hub name; None trains one of vocab_size on the corpus.
+        vocab_size: a number of tokens, or "auto": fewer where the text is short.
         dataset: file, folder or glob of .jsonl .json .txt .parquet (also .gz .bz2 .xz .zst), or a
             name on the Hub or on ModelScope (corpus/sources.py); a list of them; or a dict of them
             with the share of each in the text.
@@ -98,7 +102,16 @@ def _say_if_not_exportable(tokenizer: PreTrainedTokenizerBase):
         print(f"export_gguf.py will refuse this tokenizer. {problem}", flush=True)
 
 
-def cached_tokenizer(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float):
+def choose_vocab_size(asked: int | str, text_bytes: float = math.inf) -> int:
+    """The number of tokens that a new tokenizer gets. In a short text most of many stay rare."""
+    if asked != "auto":
+        return int(asked)
+    return VOCAB_SIZE if text_bytes >= LONG_TEXT else SMALL_VOCAB_SIZE
+
+
+def cached_tokenizer(
+    data: cache.Data, recipe: "DocumentRecipe", vocab_size: int | str, megabytes: float
+):
     """A tokenizer that is trained on at most so many megabytes of the training text."""
     split = [data.options.validation_ratio, data.options.validation_tokens]
     name = settings_hash(
@@ -114,17 +127,18 @@ def cached_tokenizer(data: cache.Data, recipe: "DocumentRecipe", vocab_size: int
 
 
 def train_on_share(
-    data: cache.Data, recipe: "DocumentRecipe", vocab_size: int, megabytes: float
+    data: cache.Data, recipe: "DocumentRecipe", vocab_size: int | str, megabytes: float
 ) -> PreTrainedTokenizerBase:
     """Train a tokenizer on so many megabytes of the training text, chosen by hash."""
-    print(f"Training a {vocab_size:,}-token tokenizer on {data.name} …", flush=True)
     index, choice = data.index(recipe), data.choice(recipe)
     chosen = choose_for_tokenizer(index, choice, megabytes)
     size, total = index.sizes[chosen > 0].sum(), index.sizes[index.is_first].sum()
+    wanted = choose_vocab_size(vocab_size, total)
+    print(f"Training a {wanted:,}-token tokenizer on {data.name} …", flush=True)
     print(f"It learns from {size / 1e6:,.1f} MB of {total / 1e6:,.1f} MB of text.", flush=True)
     with Progress("Training the tokenizer", float(size)) as progress:
         texts = chosen_texts(data.corpus, recipe, index, chosen, progress)
-        return train_tokenizer(texts, vocab_size)
+        return train_tokenizer(texts, wanted)
 
 
 @dataclass
@@ -246,13 +260,17 @@ def inspect(splits: DatasetDict, tokenizer, max_seq_len: int, rows: int) -> Iter
         yield " ‖ ".join(f"[{tokenizer.decode(r[:1])}]{tokenizer.decode(r[1:])}" for r in runs)
 
 
+def _read_vocab_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 @as_command()
 def main():
     parser = argparse.ArgumentParser(description="Prepare and look at pre-training data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="DATASET")
     parser.add_argument("--tokenizer_path")
     parser.add_argument("--max_seq_len", type=int, default=256)
-    parser.add_argument("--vocab_size", type=int, default=6400)
+    parser.add_argument("--vocab_size", type=_read_vocab_size, default="auto")
     parser.add_argument("--text_column", help="default: text, content or completion")
     parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to print")

@@ -26,7 +26,7 @@ from engine import (
 )
 from engine.time_limit import fit_time_limit
 from models import CustomLLM, CustomLLMConfig
-from train_data import prepare_data, unigram_loss
+from train_data import choose_vocab_size, prepare_data, unigram_loss
 
 wandb_config = {
     # model
@@ -49,7 +49,7 @@ wandb_config = {
     "num_proc": None,  # processes that prepare the data; None: one for each core
     "verify_data": False,  # read every file again, though its date and size are the same
     "tokenizer_path": None,  # folder or Hub name; None: train one on the dataset
-    "vocab_size": 6400,  # of the tokenizer trained here
+    "vocab_size": "auto",  # of the tokenizer trained here: 6400; 3072 for less than 4 MB of text
     "tokenizer_megabytes": 10,  # of text that it is trained on
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
@@ -110,7 +110,7 @@ def train(
     # 1. Configuration, device, precision
     config = settings.resolve(DEFAULTS, wandb_config)
     rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
-    guards.check_memory(make_model_config(config, config["vocab_size"]))  # before any work
+    guards.check_memory(make_model_config(config, choose_vocab_size(config["vocab_size"])))
 
     # 2. Run folder: a new one, or an unfinished one to resume
     run = runs.open_run("pretrain", run_name, config, rt, cache.contents_of, DEFAULTS)
@@ -129,6 +129,7 @@ def train(
             config["tokenizer_megabytes"],
             **cache.options_of(config),
         )
+    config = config | {"vocab_size": len(tokenizer)}
     collate = PackedCollator(config["max_seq_len"], tokenizer.pad_token_id)
     data_counts = cache.counts_of(splits)
     fingerprint = cache.data_fingerprint(splits["train"])

@@ -30,6 +30,12 @@ def first_megabyte(corpus: Corpus) -> Portion:
     return replace(first, position=stored)
 
 
+def text_bytes(corpus: Corpus, portion: Portion, max_bytes: float | None = None) -> float:
+    """The text of all of the corpus, if it is as the first megabyte is."""
+    size = corpus.stored_bytes() / max(1, portion.position) * portion.size
+    return min(size, len(corpus.datasets) * max_bytes) if max_bytes else size
+
+
 def estimate(
     corpus: Corpus, portion: Portion, recipe: Recipe, max_bytes: float | None = None
 ) -> Estimate:
@@ -48,9 +54,7 @@ def estimate(
     seconds = time.perf_counter() - started
     if not counts["tokens"]:
         raise ValueError(f"{portion.path}: its first megabyte has nothing to train on ({counts}).")
-    megabytes = corpus.stored_bytes() / max(1, portion.position)
-    if max_bytes:
-        megabytes = min(megabytes, len(corpus.datasets) * max_bytes / portion.size)
+    megabytes = text_bytes(corpus, portion, max_bytes) / portion.size
     return Estimate(
         counts["tokens"] * megabytes,
         rows.num_rows * megabytes,

@@ -136,6 +136,25 @@ def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, 
     assert found.tokens_per_second > 0
 
 
+@pytest.mark.parametrize(
+    ("documents", "words", "expected"),
+    [
+        (10, "", 3072),
+        (800, "", 6400),
+        (800, "--max_dataset_bytes 1e6", 3072),
+        (10, "--vocab_size 700", 704),  # padded to a multiple of 64
+        (10, "--tokenizer_path {tokenizer}", 320),
+    ],
+)
+def test_the_vocabulary_is_that_of_the_tokenizer_to_come(
+    tmp_path, tokenizer_folder, documents, words, expected
+):
+    records = [{"text": f"{number} {'字' * 2000}"} for number in range(documents)]  # 6 kB each
+    words = f"--dataset {write_jsonl(tmp_path / 'a.jsonl', records)} {words}"
+    _, sizes, _ = read_config(PRETRAIN, words.format(tokenizer=tokenizer_folder).split())
+    assert sizes.vocab_size == expected
+
+
 def test_data_that_lie_elsewhere_are_not_estimated():
     config, _, _ = read_config(PRETRAIN, ["--dataset", "owner/name"])
     [line] = plan.describe_data(PRETRAIN, config, tiny_model(), cards.CARDS[0])

@@ -96,6 +96,14 @@ def test_a_tokenizer_is_trained_on_the_corpus_where_none_is_given(tmp_path, prep
     assert token_counts(splits) == expected_counts(texts, tokenizer)
 
 
+@pytest.mark.parametrize(("documents", "expected"), [(99, "3,072"), (800, "6,400")])
+def test_a_short_text_gets_a_smaller_vocabulary(tmp_path, prepare, capsys, documents, expected):
+    texts = [f"{number} {'字' * 2000}" for number in range(documents)]  # 6 kB each
+    options = {"tokenizer_path": None, "vocab_size": "auto", "tokenizer_megabytes": 0.1}
+    prepare(write_texts(tmp_path, texts), **options)
+    assert f"Training a {expected}-token tokenizer" in capsys.readouterr().out
+
+
 def test_no_token_is_lost_or_invented_whatever_the_lengths(tmp_path, prepare):
     texts = [f"{number} " + "字a" * (number * 37 % 61) for number in range(150)]
     splits, tokenizer = prepare(write_texts(tmp_path, texts))

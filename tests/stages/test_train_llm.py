@@ -54,6 +54,13 @@ def test_a_run_learns_and_its_final_folder_is_a_plain_qwen3_checkpoint(tmp_path,
     assert "tok/s" in printed and "eta" in printed
 
 
+def test_the_printed_configuration_shows_the_vocabulary_that_auto_came_to(tmp_path, capsys):
+    final = train(wandb_config=pretrain_config(tmp_path, vocab_size="auto", max_steps=1))
+    tokens = len(AutoTokenizer.from_pretrained(final))
+    assert 300 < tokens <= 3072
+    assert f"  vocab_size: {tokens}\n" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("crash_at", [2, 5, 11])
 def test_a_crashed_run_resumes_bit_equal_with_dropout_and_workers(tmp_path, crash_at):
