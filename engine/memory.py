@@ -60,6 +60,8 @@ class PeakBytes(TorchDispatchMode):
         self.count(alive)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default:  # more than half of all calls
+            return args[0].fake_device
         outputs = function(*args, **(kwargs or {}))
         self.count(outputs)
         return outputs
@@ -188,6 +190,12 @@ class StepMemory:
             self._run(self._batch(1))  # creates the optimizers' state
             self._step()
 
+    def at_rest(self) -> int:
+        """Bytes of weights, gradients and the optimizers' state."""
+        weights = list(self.model.parameters())
+        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        return PeakBytes(weights, states).peak + sum(weight.nbytes for weight in weights)
+
     def peak(self, batch_size: int, level) -> dict[str, int]:
         """Bytes by category, and "total", at the worst moment of a step's last micro-batch."""
         memory = MemTracker()
@@ -245,26 +253,28 @@ def largest_batches(memory: StepMemory, card_gib: float) -> dict:
 
 
 def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
-    """The largest micro-batch that fits. Beyond the first few rows memory grows in proportion."""
+    """The largest micro-batch that fits, or one that is a few percent smaller.
+
+    A peak is the largest of many sums, one for each moment of the step. Beyond the first few rows
+    each of them grows in proportion to the rows. So between two sizes that were counted no peak
+    lies above the straight line, and what fits by that line fits.
+    """
     room = (card_gib - CONTEXT_GIB) / (1 + FRAGMENTATION) * 2**30
-    peaks: dict[int, float] = {}
-
-    def fits(size: int) -> bool:
-        if size not in peaks:
-            peaks[size] = memory.peak_of_backward(size, level)
-        return peaks[size] <= room
-
     # Below so many rows the chunk of logits still grows with them.
     chunk = memory.model.backend.chunks.tokens(memory.model.config.vocab_size)
-    rows = math.ceil(chunk / memory.full_batch(1)["input_ids"].shape[1])
-    fits(rows), fits(2 * rows)
-    for _ in range(3):  # along the line through the two measured sizes that come nearest
-        one, two = sorted(sorted(peaks, key=lambda size: abs(peaks[size] - room))[:2])
+    proportional = math.ceil(chunk / memory.full_batch(1)["input_ids"].shape[1])
+    peaks = {0: memory.at_rest()}
+    size, fits, too_large = 2 * proportional, 0, math.inf
+    while True:
+        peaks[size] = memory.peak_of_backward(size, level)
+        if peaks[size] <= room:
+            fits = size
+        else:
+            too_large = size
+        one, two = (fits, too_large) if too_large in peaks else sorted(peaks)[-2:]
         slope = max(1.0, (peaks[two] - peaks[one]) / (two - one))
-        size = max(1, math.floor(one + (room - peaks[one]) / slope))
-        if any(abs(size - known) <= size // 50 and fits(known) for known in peaks):
-            break
-        fits(size)
-    while size and not fits(size):
-        size -= max(1, size // 50)
-    return size
+        size = max(0, math.floor(one + (room - peaks[one]) / slope))
+        if proportional <= fits < size < too_large and too_large in peaks:
+            return size
+        if size <= 1.02 * fits:
+            return fits
