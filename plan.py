@@ -92,6 +92,8 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     config = settings.resolve(stage.defaults, given)
     if config["batch_size"] == "auto":
         config["batch_size"] = settings.AUTO_ROWS
+    if config["weight_decay"] == "auto":
+        config["weight_decay"] = 0.0  # it changes neither memory nor time
     if stage is PRETRAIN and not config["init_from"]:
         return config, new_model_config(config), "wandb_config"
     try:

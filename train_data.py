@@ -44,7 +44,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or data workers warn
 
 CACHE_VERSION = 3  # raise it when the rows made from the same text change
 # What vocab_size "auto" comes to, and from how many bytes of text on. EXPERIMENTS.md has the runs.
-VOCAB_SIZE, SMALL_VOCAB_SIZE, LONG_TEXT = 6400, 3072, 4_000_000
+VOCAB_SIZE, SMALL_VOCAB_SIZE, LONG_TEXT = 6400, 4096, 3_000_000
 
 
 def prepare_data(

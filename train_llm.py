@@ -49,7 +49,7 @@ wandb_config = {
     "num_proc": None,  # processes that prepare the data; None: one for each core
     "verify_data": False,  # read every file again, though its date and size are the same
     "tokenizer_path": None,  # folder or Hub name; None: train one on the dataset
-    "vocab_size": "auto",  # of the tokenizer trained here: 6400; 3072 for less than 4 MB of text
+    "vocab_size": "auto",  # of the tokenizer trained here: 6400; 4096 for less than 3 MB of text
     "tokenizer_megabytes": 10,  # of text that it is trained on
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
@@ -65,7 +65,7 @@ wandb_config = {
     "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
-    "weight_decay": 0.1,  # on matrices only
+    "weight_decay": "auto",  # on matrices only: 0.1; 1.0 where so few would be learnt by heart
     "max_grad_norm": 1.0,  # 0: no clipping
     "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory
@@ -142,7 +142,7 @@ def train(
         )
     else:
         model = CustomLLM(make_model_config(config, len(tokenizer)))
-    config = guards.fit_dropout(config, model, data_counts["tokens"], rt)
+    config = guards.fit_regularization(config, model, data_counts["tokens"], rt)
     rt.place(model.train())
     memory.checkpoint_activations(model, config["gradient_checkpointing"])
     runtime.sum_in_fp16(model, config["fp16_accumulation"], rt)

@@ -74,7 +74,7 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MODES = ("compiled", "eager")
 LEVELS = {"none": False, "selective": "selective", "full": "full"}  # of checkpointing
 # Speed does not depend on them. With the stages' own, which need a warm-up, a loss may overflow.
-RATES = {"learning_rate": 1e-4, "muon_learning_rate": 1e-3}
+RATES = {"learning_rate": 1e-4, "muon_learning_rate": 1e-3, "weight_decay": 0.1}
 COLUMNS = "stage | size | precision | mode | checkpointing | tokens/s | of peak | peak GiB"
 COLUMNS += " | attention | ours / peer"
 KERNELS = {kernel.name() for kernel in ATTENTION_KERNELS}

@@ -83,7 +83,7 @@ def train(arguments, chunk: int, seed: int) -> dict:
         cache_dir=folder / "cache",
     )
     torch.manual_seed(seed)
-    config = train_llm.DEFAULTS | MODEL | {"max_steps": arguments.steps}
+    config = train_llm.DEFAULTS | MODEL | {"max_steps": arguments.steps, "weight_decay": 0.1}
     model = CustomLLM(train_llm.make_model_config(config, len(tokenizer)))
     SummedLinear.chunk = chunk
     for layer in model.modules():

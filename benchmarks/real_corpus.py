@@ -45,6 +45,7 @@ LOOP = {
     "eval_every": 0,
     "sample_every": 0,
     "save_every": 0,
+    "weight_decay": 0.1,
 }
 STEPS = 6  # counted, after one that warms up
 

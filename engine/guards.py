@@ -14,8 +14,9 @@ from engine.steps import StepSampler
 from model_config import CustomLLMConfig
 
 # With fewer tokens of the corpus for each parameter a model learns it by heart. The limit is a
-# guess, the rate was measured: see EXPERIMENTS.md.
-BY_HEART, DROPOUT = 0.05, 0.2
+# guess, the values were measured: see EXPERIMENTS.md.
+BY_HEART = 0.05
+AGAINST_IT, OTHERWISE = {"dropout": 0.2, "weight_decay": 1.0}, {"dropout": 0.0, "weight_decay": 0.1}
 
 
 class NumericalError(ArithmeticError):
@@ -83,22 +84,23 @@ def check_memory(sizes: CustomLLMConfig):
         )
 
 
-def fit_dropout(config: dict, model, tokens: int, rt: Runtime) -> dict:
-    """config with dropout "auto" replaced by a number, which the model has from now on.
+def fit_regularization(config: dict, model, tokens: int, rt: Runtime) -> dict:
+    """config with "auto" of dropout and weight_decay replaced by numbers; the model has the former.
 
-    tokens: of the corpus. 0 where there are enough of them, or where each is read once.
+    tokens: of the corpus. Where they are few, and are read more than once, both are larger.
     """
-    if config["dropout"] != "auto":
-        return config
     parameters = sum(p.numel() for p in model.parameters())
     is_small = tokens < BY_HEART * parameters and config["num_epochs"] > 1
-    rate = DROPOUT if is_small else 0.0
-    if is_small:
-        rt.say(f"dropout auto: {rate}, because {parameters:,} parameters read {tokens:,} tokens.")
+    values = AGAINST_IT if is_small else OTHERWISE
+    found = {key: value for key, value in values.items() if config[key] == "auto"}
+    if is_small and found:
+        chosen = ", ".join(f"{key} {value}" for key, value in found.items())
+        rt.say(f"auto: {chosen}, because {parameters:,} parameters read {tokens:,} tokens.")
+    rate = found.get("dropout", model.config.dropout)
     model.config.dropout = rate
     for block in model.model.layers:
         block.dropout = block.self_attn.dropout = rate
-    return config | {"dropout": rate}
+    return config | found
 
 
 def fit_batch_size(

@@ -15,7 +15,7 @@ def load_model_folder(path, tokenizer, dropout, max_length: int, say) -> CustomL
     """A model in fp32 from any folder of the Qwen3 architecture. Says what it inherits.
 
     A context shorter than max_length grows to it: RoPE needs no new weights. A dropout of "auto"
-    is 0, until guards.fit_dropout knows better.
+    is 0, until guards.fit_regularization knows better.
 
     Raises:
         ValueError: no such folder, another architecture, or a vocabulary smaller than the

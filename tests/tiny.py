@@ -36,7 +36,7 @@ LOOP = {
     "sample_every": 0,
     "trackers": [],  # importing wandb takes as long as ten steps
 }
-PRETRAIN = MODEL | LOOP | {"max_seq_len": 32, "vocab_size": 300}
+PRETRAIN = MODEL | LOOP | {"max_seq_len": 32, "vocab_size": 300, "weight_decay": 0.1}
 EXACT = (
     "train/loss",
     "train/grad_norm",

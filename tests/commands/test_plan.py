@@ -139,9 +139,9 @@ def test_the_tokens_of_a_corpus_are_estimated_from_its_first_megabyte(tmp_path, 
 @pytest.mark.parametrize(
     ("documents", "words", "expected"),
     [
-        (10, "", 3072),
+        (10, "", 4096),
         (800, "", 6400),
-        (800, "--max_dataset_bytes 1e6", 3072),
+        (800, "--max_dataset_bytes 1e6", 4096),
         (10, "--vocab_size 700", 704),  # padded to a multiple of 64
         (10, "--tokenizer_path {tokenizer}", 320),
     ],

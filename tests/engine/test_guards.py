@@ -8,7 +8,7 @@ from tiny import CPU, cpu_runtime, tiny_model
 from torch import nn
 
 from engine import optim
-from engine.guards import FiniteGuard, NumericalError, fit_dropout
+from engine.guards import FiniteGuard, NumericalError, fit_regularization
 from engine.runs import Run
 from engine.runtime import Runtime
 from engine.steps import StepSampler
@@ -82,12 +82,27 @@ def test_dropout_auto_is_for_few_tokens_that_are_read_again(
 ):
     model = tiny_model(dropout=0.1 if asked == 0.1 else 0.0).train()
     parameters = sum(p.numel() for p in model.parameters())
-    config = {"dropout": asked, "num_epochs": epochs}
+    config = {"dropout": asked, "num_epochs": epochs, "weight_decay": 0.3}
     rt = cpu_runtime()
-    found = fit_dropout(config, model, int(tokens_per_parameter * parameters), rt)
-    assert found["dropout"] == model.config.dropout == expected
+    found = fit_regularization(config, model, int(tokens_per_parameter * parameters), rt)
+    assert found == config | {"dropout": expected}
+    assert model.config.dropout == expected
     ids = torch.arange(1, 41).view(2, 20)
     losses = {model(input_ids=ids, labels=ids).loss.item() for _ in range(2)}
     assert len(losses) == (2 if expected else 1)
     model.eval()
     assert len({model(input_ids=ids, labels=ids).loss.item() for _ in range(2)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "tokens_per_parameter", "epochs", "expected"),
+    [("auto", 0.01, 3, 1.0), ("auto", 0.01, 1, 0.1), ("auto", 1, 3, 0.1), (0.3, 0.01, 3, 0.3)],
+)
+def test_weight_decay_auto_is_high_for_few_tokens_that_are_read_again(
+    capsys, asked, tokens_per_parameter, epochs, expected
+):
+    model = tiny_model()
+    tokens = int(tokens_per_parameter * sum(p.numel() for p in model.parameters()))
+    config = {"dropout": 0.0, "num_epochs": epochs, "weight_decay": asked}
+    assert fit_regularization(config, model, tokens, cpu_runtime())["weight_decay"] == expected
+    assert ("auto: weight_decay 1.0, because" in capsys.readouterr().out) == (expected == 1.0)

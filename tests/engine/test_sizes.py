@@ -74,6 +74,7 @@ def tiny_parts(stage: str):
     scripts = {"pretrain": train_llm, "sft": sft_train, "dpo": dpo_train}
     config = scripts[stage].DEFAULTS | LOOP
     config |= {"batch_size": "auto", "gradient_accumulation_steps": 2, "optimizer": "muon"}
+    config |= {"weight_decay": 0.1}
     torch.manual_seed(0)
     sizes: dict = MODEL | {"max_seq_len": 64}
     model = CustomLLM(CustomLLMConfig(64, **sizes)).train()

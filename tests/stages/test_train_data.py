@@ -96,7 +96,7 @@ def test_a_tokenizer_is_trained_on_the_corpus_where_none_is_given(tmp_path, prep
     assert token_counts(splits) == expected_counts(texts, tokenizer)
 
 
-@pytest.mark.parametrize(("documents", "expected"), [(99, "3,072"), (800, "6,400")])
+@pytest.mark.parametrize(("documents", "expected"), [(99, "4,096"), (800, "6,400")])
 def test_a_short_text_gets_a_smaller_vocabulary(tmp_path, prepare, capsys, documents, expected):
     texts = [f"{number} {'字' * 2000}" for number in range(documents)]  # 6 kB each
     options = {"tokenizer_path": None, "vocab_size": "auto", "tokenizer_megabytes": 0.1}
