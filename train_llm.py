@@ -65,7 +65,7 @@ wandb_config = {
     "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
-    "weight_decay": "auto",  # on matrices only: 0.1; 2.0 where so few would be learnt by heart
+    "weight_decay": "auto",  # on matrices only: 0.1; 1.0 where so few would be learnt by heart
     "max_grad_norm": 1.0,  # 0: no clipping
     "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory
