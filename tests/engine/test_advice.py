@@ -19,7 +19,8 @@ PLENTY = 10**9  # tokens
 def told(
     config=PRETRAIN, tokens=PLENTY, row_length=512, model=None, rt=None, trial=None, **changes
 ) -> str:
-    config, model, rt = config | changes, model or tiny_model(), rt or cpu_runtime()
+    config = config | {"weight_decay": 0.1} | changes  # "auto" is a number by then
+    model, rt = model or tiny_model(), rt or cpu_runtime()
     lines = advise(config, model, tokens, row_length, rt, trial)
     assert len(lines) <= MOST and all(line.startswith("Advice: ") for line in lines)
     return "\n".join(lines)
