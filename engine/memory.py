@@ -263,7 +263,7 @@ def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
     # Below so many rows the chunk of logits still grows with them.
     chunk = memory.model.backend.chunks.tokens(memory.model.config.vocab_size)
     proportional = math.ceil(chunk / memory.full_batch(1)["input_ids"].shape[1])
-    peaks = {0: memory.at_rest()}
+    peaks: dict[float, int] = {0: memory.at_rest()}
     size, fits, too_large = 2 * proportional, 0, math.inf
     while True:
         peaks[size] = memory.peak_of_backward(size, level)
