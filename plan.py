@@ -101,19 +101,21 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
     except ValueError:
         shape: dict = train_llm.wandb_config
         source = f"train_llm.py's wandb_config (no finished {stage.stage_before} run)"
-        return config, new_model_config(shape), source
+        # Its data need not lie here.
+        found = train_llm.make_model_config(shape, choose_vocab_size(shape["vocab_size"]))
+        return config, found, source
     return config, CustomLLMConfig.from_pretrained(folder), folder
 
 
 def new_model_config(config: dict) -> CustomLLMConfig:
     """The model that train_llm.py makes. Its vocabulary is the tokenizer's."""
-    vocab_size, corpus = config["vocab_size"], local_corpus(config)
     if config["tokenizer_path"]:
-        vocab_size = len(create_tokenizer(model_path=config["tokenizer_path"]))
-    elif vocab_size == "auto" and corpus:
+        tokenizer = create_tokenizer(model_path=config["tokenizer_path"])
+        return train_llm.make_model_config(config, len(tokenizer))
+    corpus, size = local_corpus(config), math.inf
+    if corpus:
         size = text_bytes(corpus, first_megabyte(corpus), config["max_dataset_bytes"])
-        vocab_size = choose_vocab_size(vocab_size, size)
-    return train_llm.make_model_config(config, choose_vocab_size(vocab_size))
+    return train_llm.make_model_config(config, choose_vocab_size(config["vocab_size"], size))
 
 
 def local_corpus(config: dict) -> Corpus | None:

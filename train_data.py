@@ -260,17 +260,13 @@ def inspect(splits: DatasetDict, tokenizer, max_seq_len: int, rows: int) -> Iter
         yield " ‖ ".join(f"[{tokenizer.decode(r[:1])}]{tokenizer.decode(r[1:])}" for r in runs)
 
 
-def _read_vocab_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
-
-
 @as_command()
 def main():
     parser = argparse.ArgumentParser(description="Prepare and look at pre-training data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="DATASET")
     parser.add_argument("--tokenizer_path")
     parser.add_argument("--max_seq_len", type=int, default=256)
-    parser.add_argument("--vocab_size", type=_read_vocab_size, default="auto")
+    parser.add_argument("--vocab_size", type=int, help='default: as train_llm.py\'s "auto"')
     parser.add_argument("--text_column", help="default: text, content or completion")
     parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to print")
@@ -280,7 +276,7 @@ def main():
             arguments.tokenizer_path,
             arguments.inspect,
             arguments.max_seq_len,
-            arguments.vocab_size,
+            "auto" if arguments.vocab_size is None else arguments.vocab_size,
             arguments.text_column,
             max_dataset_bytes=arguments.max_dataset_bytes,
         )

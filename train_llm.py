@@ -110,6 +110,7 @@ def train(
     # 1. Configuration, device, precision
     config = settings.resolve(DEFAULTS, wandb_config)
     rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
+    # Before any work, with the largest vocabulary that "auto" can come to.
     guards.check_memory(make_model_config(config, choose_vocab_size(config["vocab_size"])))
 
     # 2. Run folder: a new one, or an unfinished one to resume

@@ -96,10 +96,10 @@ def fit_regularization(config: dict, model, tokens: int, rt: Runtime) -> dict:
     if is_small and found:
         chosen = ", ".join(f"{key} {value}" for key, value in found.items())
         rt.say(f"auto: {chosen}, because {parameters:,} parameters read {tokens:,} tokens.")
-    rate = found.get("dropout", model.config.dropout)
-    model.config.dropout = rate
-    for block in model.model.layers:
-        block.dropout = block.self_attn.dropout = rate
+    if "dropout" in found:
+        model.config.dropout = found["dropout"]
+        for block in model.model.layers:
+            block.dropout = block.self_attn.dropout = found["dropout"]
     return config | found
 
 

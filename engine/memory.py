@@ -192,9 +192,8 @@ class StepMemory:
 
     def at_rest(self) -> int:
         """Bytes of weights, gradients and the optimizers' state."""
-        weights = list(self.model.parameters())
-        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-        return PeakBytes(weights, states).peak + sum(weight.nbytes for weight in weights)
+        gradients = sum(weight.nbytes for weight in self.model.parameters())
+        return PeakBytes(*self._weights_and_states()).peak + gradients
 
     def peak(self, batch_size: int, level) -> dict[str, int]:
         """Bytes by category, and "total", at the worst moment of a step's last micro-batch."""
@@ -212,12 +211,15 @@ class StepMemory:
     def peak_of_backward(self, batch_size: int, level) -> int:
         """Bytes at the worst moment before the optimizer's step, which no batch size changes."""
         with self._micro_batch(batch_size, level) as batch:
-            states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-            weights = list(self.model.parameters())
+            weights, states = self._weights_and_states()
             memory = PeakBytes(weights, [p.grad for p in weights], states, list(batch.values()))
             with memory:
                 self._run(batch)
         return memory.peak
+
+    def _weights_and_states(self) -> tuple[list, list]:
+        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        return list(self.model.parameters()), states
 
     @contextlib.contextmanager
     def _micro_batch(self, batch_size: int, level):
@@ -274,7 +276,7 @@ def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
         one, two = (fits, too_large) if too_large in peaks else sorted(peaks)[-2:]
         slope = max(1.0, (peaks[two] - peaks[one]) / (two - one))
         size = max(0, math.floor(one + (room - peaks[one]) / slope))
-        if proportional <= fits < size < too_large and too_large in peaks:
+        if too_large in peaks and proportional <= fits < size:
             return size
         if size <= 1.02 * fits:
             return fits

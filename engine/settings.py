@@ -34,8 +34,8 @@ OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": "
 OPTIONAL |= {"time_limit": "", "stop_after": ""}
 OPTIONAL |= {"text_column": "", "num_proc": 1, "max_dataset_bytes": 1.0}  # 2e9 is no int
 # Keys that may be "auto", with an example of another value.
-AUTO = dict.fromkeys(("batch_size", "log_every", "eval_every", "sample_every", "save_every"), 1)
-AUTO |= {"vocab_size": 6400}
+AUTO = dict.fromkeys(("log_every", "eval_every", "sample_every", "save_every"), 1)
+AUTO |= {"batch_size": 1, "vocab_size": 6400}
 DATASETS = ("dataset", "pretrain_dataset")  # one name, a list of names, or {name: share}
 TRACKERS = ("wandb", "tensorboard", "swanlab")  # what the key `trackers` may list
 LISTS = (*DATASETS, "trackers")  # keys that may have several words on the command line
