@@ -19,6 +19,7 @@ LOOKING = 0.05  # of the time so far may go to validation and samples
 SAVING = 0.02  # of the time may go to saves
 VALIDATIONS, SAMPLES = 50, 10  # in a long run, where the time pays for them
 AT_LEAST = 4  # validations in a run, also where it does not
+DEARER = 1.5  # times the dearest so far is kept back for each of those: samples get longer
 FIRST_LINES = 10  # of the first steps: each has one, and shows at once that the run works
 LOG_STEPS, LOG_SECONDS = 10, 3.0  # between two lines, whichever is longer
 SAVE_SECONDS = 15 * 60.0  # between two saves, at most
@@ -55,6 +56,8 @@ class Cadence:
         self.meter, self.rt, self.clock = meter, rt, clock
         self.last_log = (self.start, -math.inf)  # step, time
         self.saved: float | None = None
+        self.first: tuple[int, float, float] | None = None  # step, time, seconds of pauses
+        self.dearest: dict[str, float] = {}  # seconds of the longest pause of each kind
 
     def due(self, step: int, stop: bool) -> Due:
         """What happens after a step. All ranks must call it; the first one's clock decides.
@@ -62,6 +65,7 @@ class Cadence:
         Everything happens after the last step. A run that stops saves. No checkpoint is saved
         before its loss has been looked at.
         """
+        self._note_costs(step)
         names = ("eval", "sample", "save", "log")
         here = [stop, *(self._is_due(name, step) for name in names)]
         stop, evaluate, sample, save, log = self.rt.any_of(here)
@@ -88,27 +92,48 @@ class Cadence:
         return is_first or waited
 
     def _eval(self, step: int) -> bool:
-        if step % max(1, self.total // AT_LEAST) == 0:
+        quarter, every = max(1, self.total // AT_LEAST), max(1, self.total // VALIDATIONS)
+        if step % quarter == 0 and step // quarter < AT_LEAST:
             return True
-        return step % max(1, self.total // VALIDATIONS) == 0 and self._is_paid("eval", step)
+        return self._is_time(every, step) and self._is_paid("eval", step)
 
     def _sample(self, step: int) -> bool:
-        return step % max(1, self.total // SAMPLES) == 0 and self._is_paid("sample", step)
+        return self._is_time(max(1, self.total // SAMPLES), step) and self._is_paid("sample", step)
+
+    def _is_time(self, every: int, step: int) -> bool:
+        """The end has all of it: nothing comes shortly before."""
+        return step % every == 0 and self.total - step >= every
+
+    def _note_costs(self, step: int):
+        if self.meter is None:  # nothing is "auto"
+            return
+        for name, seconds in self.meter.last_cost.items():
+            self.dearest[name] = max(seconds, self.dearest.get(name, 0.0))
+        if self.first is None:
+            self.first = (step, self.clock(), sum(self.meter.spent.values()))
 
     def _is_paid(self, name: str, step: int) -> bool:
         """Whether the time so far pays for another one, and what is left for those that must be.
 
         The first one is taken in any case: its cost is not known.
         """
-        spent, last = self.meter.spent, self.meter.last_cost
-        if name not in last:
+        if name not in self.dearest:
             return True
-        cost = spent["eval"] + spent["sample"] + last[name]
-        quarters_left = AT_LEAST - step // max(1, self.total // AT_LEAST)
-        must = quarters_left * last.get("eval", 0.0) + last.get("sample", 0.0)
+        cost = self.meter.spent["eval"] + self.meter.spent["sample"] + self.dearest[name]
+        if name == "sample" and self._is_due("eval", step):
+            cost += self.dearest.get("eval", 0.0)
+        must_be = max(0, AT_LEAST - step // max(1, self.total // AT_LEAST))
+        kept_back = must_be * self.dearest.get("eval", 0.0) + self.dearest.get("sample", 0.0)
         passed = self.clock() - self.meter.started
-        in_all = passed * (self.total - self.start) / (step - self.start)
-        return cost <= LOOKING * passed and cost + must <= LOOKING * in_all
+        in_all = passed + (self.total - step) * self._step_seconds(step)
+        return cost <= LOOKING * passed and cost + DEARER * kept_back <= LOOKING * in_all
+
+    def _step_seconds(self, step: int) -> float:
+        """Of a step, pauses and the first step left out: that one compiles."""
+        assert self.first
+        first, started, paused = self.first
+        seconds = self.clock() - started - (sum(self.meter.spent.values()) - paused)
+        return seconds / max(1, step - first)
 
     def _save(self, step: int) -> bool:
         waited = self.clock() - (self.saved or self.meter.started)

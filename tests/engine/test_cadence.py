@@ -27,6 +27,8 @@ class Run:
     step_seconds: float
     costs: dict
     config: dict = field(default_factory=lambda: AUTO)
+    first_seconds: float | None = None  # of the first step
+    dearer: float = 1.0  # times as much costs everything at the end
     now: float = 100.0
     when: dict = field(default_factory=dict)  # name -> [(step, time)]
 
@@ -36,13 +38,16 @@ class Run:
         cadence = Cadence(self.config, loader, meter, cpu_runtime(), clock=lambda: self.now)
         self.spent, started = meter.spent, self.now
         for step in range(1, self.total + 1):
-            self.now += self.step_seconds
+            slow = self.first_seconds if step == 1 else None
+            self.now += slow or self.step_seconds
+            share = step / self.total
+            costs = {name: s * (1 + share * (self.dearer - 1)) for name, s in self.costs.items()}
             due = vars(cadence.due(step, False))
             for name in [name for name, is_due in due.items() if is_due]:
                 self.when.setdefault(name, []).append((step, self.now))
-                self.now += self.costs.get(name, 0)
-                meter.spent[name] += self.costs.get(name, 0)
-                meter.last_cost[name] = self.costs.get(name, 0)
+                self.now += costs.get(name, 0)
+                meter.spent[name] += costs.get(name, 0)
+                meter.last_cost[name] = costs.get(name, 0)
         self.seconds = self.now - started
         return self
 
@@ -56,6 +61,10 @@ RUNS = {
     "a week": Run(200_000, 3.0, {"eval": 60, "sample": 5, "save": 10}),
     "dear samples": Run(2_000, 0.5, {"eval": 2, "sample": 12, "save": 1}),
     "a validation as large as is affordable": Run(1_000, 1.0, {"eval": 8, "sample": 1}),
+    "a slow first step, samples that get longer": Run(
+        180, 2.0, {"eval": 1.2, "sample": 1.0}, first_seconds=30.0, dearer=2.0
+    ),
+    "steps that four does not divide": Run(102, 2.0, {"eval": 1.0, "sample": 1.0}, dearer=1.5),
 }
 
 
