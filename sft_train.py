@@ -15,6 +15,7 @@ from corpus import cache
 from corpus.chat_format import as_prompt
 from engine import (
     checkpoint,
+    cuda_graph,
     evaluation,
     guards,
     memory,
@@ -68,6 +69,7 @@ wandb_config = {
     "fp16_accumulation": False,  # sums in fp16: faster on a GeForce, never measured there
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
     "torch_compile": "auto",  # on CUDA, where a compiler is found; True: on every device
+    "cuda_graph": False,  # a micro-batch is one launch: for small models on fast cards
     "device": "auto",  # the GPU where there is one; "cpu": leave it alone
     # run
     "output_dir": "checkpoints",  # everything that a run writes is under it
@@ -152,6 +154,7 @@ def train_sft(
     measured = (splits["train"], collate, parallel_model, optimizers, rt, forward_backward)
     config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
+    micro_step = cuda_graph.with_graph(forward_backward, model, config, rt)
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
@@ -182,7 +185,7 @@ def train_sft(
 
             totals: Counter = Counter()
             for batch in rt.accumulate(parallel_model, micro_batches):
-                totals.update(forward_backward(parallel_model, batch, num_targets, rt))
+                totals.update(micro_step(parallel_model, batch, num_targets, rt))
             grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])
             finite.note(step, grad_norm)
             log.count(num_tokens)

@@ -12,6 +12,7 @@ from corpus import cache
 from corpus.packing import PackedCollator
 from engine import (
     checkpoint,
+    cuda_graph,
     evaluation,
     guards,
     memory,
@@ -73,6 +74,7 @@ wandb_config = {
     "fp16_accumulation": False,  # sums in fp16: faster on a GeForce, never measured there
     "gradient_checkpointing": False,  # "selective" or "full": less memory, more time
     "torch_compile": "auto",  # on CUDA, where a compiler is found; True: on every device
+    "cuda_graph": False,  # a micro-batch is one launch: for small models on fast cards
     "device": "auto",  # the GPU where there is one; "cpu": leave it alone
     # run
     "init_from": None,  # continue from this model folder instead of random weights
@@ -159,6 +161,7 @@ def train(
     measured = (splits["train"], collate, parallel_model, optimizers, rt, forward_backward)
     config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
+    micro_step = cuda_graph.with_graph(forward_backward, model, config, rt)
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
@@ -186,7 +189,7 @@ def train(
 
             totals: Counter = Counter()
             for batch in rt.accumulate(parallel_model, micro_batches):
-                totals.update(forward_backward(parallel_model, batch, num_targets, rt))
+                totals.update(micro_step(parallel_model, batch, num_targets, rt))
             grad_norm = optim.step(model, optimizers, rt, config["max_grad_norm"])
             finite.note(step, grad_norm)
             log.count(num_tokens)

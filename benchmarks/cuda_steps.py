@@ -2,21 +2,21 @@
 
     python benchmarks/cuda_steps.py                               all rows
     python benchmarks/cuda_steps.py --minutes 8                   the most useful rows first
-    python benchmarks/cuda_steps.py --modes compiled --levels none --precisions fp16
+    python benchmarks/cuda_steps.py --modes graph compiled --levels none --precisions fp16
     python benchmarks/cuda_steps.py --device cpu --sizes tiny --steps 1     to see that it runs
 
-One table for benchmarks/README.md, printed row by row. A step is forward, loss, backward, clipping
-and the optimizer. Muon updates the matrices of pretrain, pretrain moe and sft, which is their
-default; AdamW does all else. It needs torch, transformers, accelerate and what they need;
-`datasets` and `wandb` may be missing.
+One table for benchmarks/README.md, row by row. A step is forward, loss, backward, clipping and the
+optimizer. Muon updates the matrices of pretrain, pretrain moe and sft, which is their default;
+AdamW does all else. It needs torch, transformers and accelerate, no `datasets` and no `wandb`.
 
 The peer is transformers' Qwen3 of the same shape, with SDPA and AdamW(fused=True). Its autocast,
 scaler, clipping, input_ids and labels are ours. It gets its fastest path. It knows no documents in
 a row, so that SDPA's causal flash kernel takes it. The whole model is compiled; ours compiles the
 blocks and the loss. Ours is divided by the peer where the two rows differ in nothing else.
+Mode "graph": the key `cuda_graph` against mode="reduce-overhead"; memory is then what was reserved.
 
-The attention kernel of every row is looked up in a profile. A step whose attention runs unfused, or
-whose loss is not finite, ends the benchmark. A row that does not fit says so.
+The attention kernel of every other row is looked up in a profile. A step whose attention runs
+unfused, or whose loss is not finite, ends the benchmark. A row that does not fit says so.
 """
 
 import argparse
@@ -46,6 +46,7 @@ import train_llm
 from corpus.packing import PackedCollator
 from dpo_data import PairCollator
 from engine import optim
+from engine.cuda_graph import CALLS_BEFORE, GraphedStep
 from engine.device import find_card
 from engine.memory import checkpoint_activations
 from engine.meter import flops_per_token, peak_flops
@@ -71,7 +72,7 @@ STAGES: dict[str, tuple[Any, dict]] = {  # script, and changes of its settings
 }
 LABELS = {name: name.replace("_", " ") for name in STAGES} | {PEER: "peer: Qwen3, adamw"}
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-MODES = ("compiled", "eager")
+MODES = ("graph", "compiled", "eager")
 LEVELS = {"none": False, "selective": "selective", "full": "full"}  # of checkpointing
 # Speed does not depend on them. With the stages' own, which need a warm-up, a loss may overflow.
 RATES = {"learning_rate": 1e-4, "muon_learning_rate": 1e-3, "weight_decay": 0.1}
@@ -111,6 +112,7 @@ class Step:
     forward_backward: Callable
     batch: dict[str, torch.Tensor]
     num_items: int  # targets, or pairs
+    is_graph: bool
 
     def __call__(self) -> torch.Tensor:
         sums = self.forward_backward(self.model, self.batch, self.num_items, self.rt)
@@ -127,14 +129,16 @@ def our_step(row: Row, device: torch.device) -> Step:
         model = CustomLLM(config).train()
     checkpoint_activations(model, LEVELS[row.checkpointing])
     optimizers = optim.build(model, settings)
-    compile_blocks(model, row.mode == "compiled", rt)
+    compile_blocks(model, row.mode != "eager", rt)
     if script is dpo_train:
         forward_backward = script.trial_step(settings)
         batch, num_items = PairCollator(0, config.max_seq_len).full_batch(rows), rows
     else:
         forward_backward = script.forward_backward
         batch, num_items = packed_rows(config.max_seq_len, rows), rows * config.max_seq_len
-    return Step(config, model, optimizers, rt, forward_backward, rt.to_device(batch), num_items)
+    is_graph = row.mode == "graph"
+    run = GraphedStep(forward_backward) if is_graph else forward_backward
+    return Step(config, model, optimizers, rt, run, rt.to_device(batch), num_items, is_graph)
 
 
 def peer_step(row: Row, device: torch.device) -> Step:
@@ -146,12 +150,13 @@ def peer_step(row: Row, device: torch.device) -> Step:
         stock.pop(key)
     with device:
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**stock)).train()
-    if row.mode == "compiled":
-        model.compile()
+    if row.mode != "eager":
+        model.compile(**({"mode": "reduce-overhead"} if row.mode == "graph" else {}))
     rate = RATES["learning_rate"]
     optimizers = [torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), fused=True)]
     batch = rt.to_device(packed_rows(config.max_seq_len, rows))
-    return Step(config, model, optimizers, rt, peer_forward_backward, batch, 0)
+    is_graph = row.mode == "graph"
+    return Step(config, model, optimizers, rt, peer_forward_backward, batch, 0, is_graph)
 
 
 def peer_forward_backward(model, batch: dict, num_targets: int, rt: Runtime) -> dict:
@@ -183,42 +188,40 @@ def packed_rows(length: int, rows: int) -> dict[str, torch.Tensor]:
 
 def measure(step: Step, steps: int) -> Figures:
     device = step.rt.device
-    for _ in range(3):  # compiles, and makes the optimizers' state
+    for _ in range(CALLS_BEFORE + 2 if step.is_graph else 3):  # compiles, makes AdamW's state
         step()
     kernels = check_step(step)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    synchronize(device)
+    wait()
     started = time.perf_counter()
     for _ in range(steps):
         step()
-    synchronize(device)
+    wait()
     speed = step.batch["input_ids"].numel() * steps / (time.perf_counter() - started)
     with torch.device("meta"):
         flops = speed * flops_per_token(CustomLLM(step.config))  # the peer's are the same
     peak = peak_flops(device)
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    memory = torch.cuda.max_memory_reserved if step.is_graph else torch.cuda.max_memory_allocated
+    gib = memory() / 2**30 if device.type == "cuda" else None
     return Figures(speed, flops / peak if peak else None, gib, kernels)
 
 
 def check_step(step: Step) -> list[str]:
-    """The attention kernels of a step, as it will be measured.
-
-    Raises:
-        SystemExit: no fast kernel ran, or the loss is not finite.
-    """
+    """A step's attention kernels; a graph's have no names. SystemExit: unfused, or not finite."""
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         loss = float(step())
     if not math.isfinite(loss):
         raise SystemExit(f"The loss of a step is {loss}: its speed would say nothing.")
-    return find_kernels(event.name for event in recorded.events())
+    return [] if step.is_graph else find_kernels(event.name for event in recorded.events())
 
 
 def find_kernels(events: Iterable[str]) -> list[str]:
     """Short names of the attention kernels among a profile's events.
 
-    A profile, because SDPA takes its unfused form apart before a TorchDispatchMode sees it. In a
-    compiled step that form leaves no name at all.
+    A TorchDispatchMode does not see SDPA's unfused form, which leaves no name in a compiled step.
     """
     names = set(events)
     if UNFUSED in names:
@@ -229,20 +232,15 @@ def find_kernels(events: Iterable[str]) -> list[str]:
     return sorted(name.removeprefix("scaled_dot_product_") for name in short)
 
 
-def synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def run_row(row: Row, device: torch.device, steps: int) -> tuple[Row, Figures | None]:
-    """The row, and its figures; None: out of memory. A peer that does not compile runs eagerly."""
+    """(row, its figures; None: out of memory). A peer that does not compile runs eagerly."""
     make_step = peer_step if row.stage == PEER else our_step
     try:
         return row, measure(make_step(row, device), steps)
     except torch.OutOfMemoryError:
         return row, None
     except Exception as error:  # of many kinds, from torch, Triton and transformers
-        if row.stage != PEER or row.mode != "compiled":
+        if row.stage != PEER or row.mode == "eager":
             raise
         print(f"The peer does not compile here: {error!r:.200}", file=sys.stderr, flush=True)
     clean_up()  # here, where the error does not hold the failed step any more
@@ -302,6 +300,13 @@ def print_rows(rows: list[Row], device: torch.device, steps: int, minutes: float
     return []
 
 
+def is_possible(row: Row) -> bool:
+    if row.checkpointing != "none":  # transformers' own way of it is no peer of a level of ours
+        return row.stage != PEER and row.mode != "graph"
+    experts_wait = row.stage == "pretrain_moe" and row.precision == "fp16"
+    return row.mode != "graph" or (row.stage != "dpo" and not experts_wait)
+
+
 def describe_left_out(rows: list[Row]) -> str:
     """One line. Rows that differ in their stage alone are named together."""
     groups = [
@@ -329,12 +334,12 @@ def main():
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("No CUDA device here. (--device cpu --sizes tiny shows that this runs.)")
     device = torch.device(arguments.device)
-    if device.type == "cuda" and not has_native_bf16(device):
+    if device.type != "cuda":
+        arguments.modes = [mode for mode in arguments.modes if mode != "graph"]
+    elif not has_native_bf16(device):
         arguments.precisions = ["fp16"]
     how = (arguments.sizes, arguments.levels, arguments.modes, arguments.precisions)
-    rows = [Row(*values) for values in product(*how, arguments.stages)]
-    # transformers checkpoints in its own way, which is no peer of a level of ours.
-    rows = [row for row in rows if row.stage != PEER or row.checkpointing == "none"]
+    rows = [*filter(is_possible, (Row(*values) for values in product(*how, arguments.stages)))]
     print_heading(device, arguments.steps)
     left_out = print_rows(rows, device, arguments.steps, arguments.minutes)
     print(f"\n{describe_left_out(left_out)}")

@@ -76,6 +76,8 @@ class Cadence:
             self.last_log = (step, self.clock())
         if save:
             self.saved = self.clock()
+        if is_last:  # no training is left to write beside, and a busy core makes samples slow
+            self.rt.writer.is_open = False
         return Due(log, evaluate or is_last, sample or is_last, save, stop)
 
     def _is_due(self, name: str, step: int) -> bool:
@@ -122,7 +124,8 @@ class Cadence:
         cost = self.meter.spent["eval"] + self.meter.spent["sample"] + self.dearest[name]
         if name == "sample" and self._is_due("eval", step):
             cost += self.dearest.get("eval", 0.0)
-        must_be = max(0, AT_LEAST - step // max(1, self.total // AT_LEAST))
+        quarters = min(AT_LEAST - 1, step // max(1, self.total // AT_LEAST))
+        must_be = AT_LEAST - quarters  # validations after this step
         kept_back = must_be * self.dearest.get("eval", 0.0) + self.dearest.get("sample", 0.0)
         passed = self.clock() - self.meter.started
         in_all = passed + (self.total - step) * self._step_seconds(step)

@@ -16,6 +16,7 @@ from engine.settings import AUTO_ROWS, DATASETS
 FREE_KEYS = {"output_dir", "resume", "num_workers", "log_every", "eval_every", "sample_every"}
 FREE_KEYS |= {"num_proc", "verify_data", "stop_after", "trackers"}
 FREE_KEYS |= {"save_every", "keep_checkpoints", "torch_compile", "gradient_checkpointing", "device"}
+FREE_KEYS |= {"cuda_graph"}
 # These may differ as long as their product, the rows of a step, is the same.
 STEP_KEYS = ("batch_size", "gradient_accumulation_steps", "num_processes")
 BEFORE_THE_KEY = {"scale_learning_rate": False}  # what runs did that did not know a key
