@@ -8,7 +8,6 @@ torchrun --nproc_per_node 2 sft_train.py                 several GPUs
 from collections import Counter
 from functools import partial
 
-import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from corpus import cache
@@ -151,10 +150,10 @@ def train_sft(
     parallel_model = sharding.distribute(rt, model, model.model.layers, optimizers)
     trial = (forward_backward, collate.full_batch)  # what a memory test runs
     config = guards.fit_batch_size(config, parallel_model, optimizers, rt, *trial)
-    measured = (splits["train"], collate, parallel_model, optimizers, rt, forward_backward)
+    micro_step = cuda_graph.with_graph(forward_backward, model, config, rt)
+    measured = (splits["train"], collate, parallel_model, optimizers, rt, micro_step)
     config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
-    micro_step = cuda_graph.with_graph(forward_backward, model, config, rt)
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)
@@ -246,8 +245,7 @@ def mix_in_pretraining(rows: Dataset, config: dict) -> Dataset:
         **cache.options_of(config),
     )
     count = min(len(texts["train"]), round(len(rows) * ratio / (1 - ratio)))
-    shuffled = np.random.Generator(np.random.PCG64(config["seed"])).permutation(len(texts["train"]))
-    plain = texts["train"].select(shuffled[:count])
+    plain = texts["train"].shuffle(config["seed"], keep_in_memory=True).select(range(count))
     plain = plain.add_column("labels", plain["input_ids"]).cast(rows.features)
     mixed = concatenate_datasets([rows, plain])
     mixed.info.description = settings_hash(*map(cache.data_fingerprint, (rows, plain)), count)

@@ -158,10 +158,10 @@ def train(
     parallel_model = sharding.distribute(rt, model, model.model.layers, optimizers)
     trial = (forward_backward, collate.full_batch)  # what a memory test runs
     config = guards.fit_batch_size(config, parallel_model, optimizers, rt, *trial)
-    measured = (splits["train"], collate, parallel_model, optimizers, rt, forward_backward)
+    micro_step = cuda_graph.with_graph(forward_backward, model, config, rt)
+    measured = (splits["train"], collate, parallel_model, optimizers, rt, micro_step)
     config = fit_time_limit(config, run, *measured)
     explain_oom = partial(guards.explain_oom, config, model.config, *trial)
-    micro_step = cuda_graph.with_graph(forward_backward, model, config, rt)
 
     # 6. Order of the data
     loader = steps.StepLoader(splits["train"], collate, config, rt, start_step)

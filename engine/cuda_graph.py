@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from engine.runtime import Runtime
 
 BOUNDS = "cu_seq_lens_q"  # int32 (documents + 1,), the one input of no fixed length
-CALLS_BEFORE = 8  # micro-batches without a graph: they compile, and show how many documents come
-MORE_DOCUMENTS = 1.25  # times the most seen so far is what the graph takes
+CALLS_BEFORE = 4  # micro-batches without a graph: they compile, and show how many documents come
+MORE_DOCUMENTS = 1.5  # times the most seen so far is what the graph takes
 Replay = tuple[dict[str, torch.Tensor], Callable[[], None]]
 
 
@@ -117,9 +117,11 @@ class GraphedStep:
     def _add_from_here(self):
         """Gradients that a micro-batch without a graph left move to where the graph adds."""
         for parameter, gradient in self.gradients:
-            if parameter.grad is not gradient:
+            if parameter.grad is None:
+                gradient.zero_()
+            elif parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
-                parameter.grad = gradient
+            parameter.grad = gradient
 
     def _record(self, model, rt: Runtime, adds: bool):
         batch = {name: tensor for name, tensor in self.inputs.items() if name != "num_items"}
@@ -129,5 +131,5 @@ class GraphedStep:
 
         self.graphs[adds] = self.record(run)
         if not adds:
-            named = [p for p in model.parameters() if p.grad is not None]
-            self.gradients = [(parameter, parameter.grad) for parameter in named]
+            pairs = ((parameter, parameter.grad) for parameter in model.parameters())
+            self.gradients = [(p, gradient) for p, gradient in pairs if gradient is not None]

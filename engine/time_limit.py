@@ -63,6 +63,8 @@ def seconds_per_step(
     with training_memory(model, optimizers):
         for micro_batches in islice(steps, WARM_UP + MEASURED):
             started = time.perf_counter()
+            for parameter in model.parameters():
+                parameter.grad = None
             for batch in rt.accumulate(model, micro_batches):
                 forward_backward(model, batch, 1, rt)
             for parameter in model.parameters():
