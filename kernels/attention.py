@@ -12,15 +12,17 @@ A GPU takes the three with SDPA's flash kernel, its memory-efficient kernel, and
 kernel. Flash kernels want 16 bits and compute capability 8.0 (Ampere), and wheels for Windows have
 none. Without them the memory-efficient kernel takes all, packed rows by a mask.
 
-A CPU takes the first and the third in tiles of queries. The scores of one tile stay in the
-cache, and all but the softmax is batched matrix products, which run at the full speed of the
-processor. Nothing beyond the tile on the diagonal or in another document is computed. Backward
-computes the probabilities again instead of keeping them (FlashAttention, arXiv 2205.14135). In
-16 bits the scores are rounded before the softmax: an error as large as the rounding of q and k.
-The tiled kernel is two torch custom operators: torch.compile and checkpointing see one call each.
+A CPU takes the first and the third document by document, with SDPA's flash kernel. In 16 bits its
+backward is slow, and ours works in tiles of queries: the scores of one tile stay in the cache, and
+all but the softmax is batched matrix products, which run at the full speed of the processor.
+Nothing beyond the tile on the diagonal or in another document is computed. Backward computes the
+probabilities again instead of keeping them (FlashAttention, arXiv 2205.14135). The scores are
+rounded before the softmax: an error as large as the rounding of q and k. All of it is two torch
+custom operators: torch.compile and checkpointing see one call each.
 """
 
 import inspect
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -29,11 +31,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.nn.attention.varlen import varlen_attn
 
-from kernels.autograd import compute_dtype
+from kernels.autograd import at_least_fp32, compute_dtype
 
-# --- tiles of queries, for a CPU ----------------------------------------------------------------
+# --- backward in tiles of queries, for 16 bits on a CPU ------------------------------------------
 
-TILE = 128  # queries
+TILE = 256  # queries
 
 
 class Span(NamedTuple):
@@ -90,38 +92,15 @@ def by_token(x: torch.Tensor, group: int) -> torch.Tensor:
     return rearrange(x, "kv (n group) d -> n (kv group) d", group=group)
 
 
-@torch.library.custom_op("llm::tiled_attention", mutates_args=())
-def tiled_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor
-) -> torch.Tensor:
-    """Causal attention within each document.
-
-    q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), of one dtype; bounds int32
-    (documents + 1,), where each document starts, and the end; returns q's shape.
-    """
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    output = q.new_empty(q.shape)
-    for span in gather_documents(bounds.tolist()):
-        of_span = slice(span.start, span.end)
-        queries, keys, values = (by_kv_head(x[of_span], kv_heads) for x in (q, k, v))
-        for tile, places, seen, mask in query_tiles(span, group, q):
-            # Contiguous: a batched product copies any other operand, and slowly.
-            probs = probabilities(queries[:, places].contiguous(), keys[:, seen].contiguous(), mask)
-            mixed = probs @ values[:, seen].contiguous()
-            output[of_span][tile] = by_token(mixed, group)
-    return output
-
-
-@torch.library.custom_op("llm::tiled_attention_backward", mutates_args=())
-def tiled_attention_backward(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor
+def backward_in_tiles(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
+    """Gradients of q, k and v; shapes as document_attention's, grad is the output's."""
     kv_heads, group, scale = k.shape[1], q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     # A key's gradient is a sum over tiles. In 16 bits each addition would round it.
     sums = torch.promote_types(k.dtype, torch.float32)
-    for span in gather_documents(bounds.tolist()):
+    for span in gather_documents(bounds):
         of_span = slice(span.start, span.end)
         queries, keys, values, grads = (by_kv_head(x[of_span], kv_heads) for x in (q, k, v, grad))
         grad_keys, grad_values = torch.zeros(2, *keys.shape, dtype=sums)
@@ -139,25 +118,97 @@ def tiled_attention_backward(
     return grad_q.mul_(scale), grad_k, grad_v
 
 
-@tiled_attention.register_fake
+# --- document by document, on a CPU ---------------------------------------------------------------
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def equal_documents(bounds: list[int]) -> Iterator[tuple[slice, int]]:
+    """(tokens, length) of consecutive documents of one length, which a kernel takes at once."""
+    start = end = length = 0
+    for begin, stop in pairwise(bounds):
+        if stop - begin != length and end > start:
+            yield slice(start, end), length
+        if stop - begin != length:
+            start, length = begin, stop - begin
+        end = stop
+    if end > start:
+        yield slice(start, end), length
+
+
+def by_document(x: torch.Tensor, tokens: slice, length: int) -> torch.Tensor:
+    """(tokens, heads, …) -> (documents, heads, length, …), a view."""
+    return rearrange(x[tokens], "(n s) h ... -> n h s ...", s=length)
+
+
+def join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """What by_document made of consecutive tokens, together again."""
+    rows = [rearrange(part, "n h s ... -> (n s) h ...") for part in parts]
+    return torch.cat(rows) if len(rows) > 1 else rows[0].contiguous()
+
+
+@torch.library.custom_op("llm::document_attention", mutates_args=())
+def document_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention within each document; and for backward the log of its softmax's divisors.
+
+    q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), of one dtype; bounds int32
+    (documents + 1,), where each document starts, and the end; returns q's shape, and at least fp32
+    (tokens, heads).
+    """
+    attended = [
+        flash(*(by_document(x, tokens, length) for x in (q, k, v)), 0.0, True)
+        for tokens, length in equal_documents(bounds.tolist())
+    ]
+    output, log_sums = (join(list(parts)) for parts in zip(*attended, strict=True))
+    return output, log_sums
+
+
+@torch.library.custom_op("llm::document_attention_backward", mutates_args=())
+def document_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    log_sums: torch.Tensor,
+    bounds: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
+    if q.dtype.itemsize == 2:
+        return backward_in_tiles(grad, q, k, v, bounds.tolist())
+    tensors = [x.contiguous() for x in (grad, q, k, v, output, log_sums)]
+    gradients = [
+        flash_backward(*(by_document(x, tokens, length) for x in tensors), 0.0, True)
+        for tokens, length in equal_documents(bounds.tolist())
+    ]
+    grad_q, grad_k, grad_v = (join(list(parts)) for parts in zip(*gradients, strict=True))
+    return grad_q, grad_k, grad_v
+
+
+@document_attention.register_fake
 def _(q, k, v, bounds):
-    return q.new_empty(q.shape)
+    return q.new_empty(q.shape), at_least_fp32(q.new_empty(q.shape[:2]))
 
 
-@tiled_attention_backward.register_fake
-def _(grad, q, k, v, bounds):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+@document_attention_backward.register_fake
+def _(grad, q, k, v, output, log_sums, bounds):
+    return tuple(q.new_empty(x.shape) for x in (q, k, v))
 
 
 def _keep(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    q, k, v, bounds = inputs
+    ctx.save_for_backward(q, k, v, *output, bounds)
+    ctx.set_materialize_grads(False)  # log_sums has none
 
 
-def _backward(ctx, grad):
-    return *tiled_attention_backward(grad, *ctx.saved_tensors), None
+def _backward(ctx, grad, _):
+    return *document_attention_backward(grad, *ctx.saved_tensors), None
 
 
-tiled_attention.register_autograd(_backward, setup_context=_keep)
+document_attention.register_autograd(_backward, setup_context=_keep)
 
 
 # --- one call of a layer ------------------------------------------------------------------------
@@ -194,7 +245,8 @@ def attend_on_cpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) 
     if attention_mask is None:  # every row is a document
         attention_mask = torch.arange(0, (batch + 1) * seq, seq, dtype=torch.int32)
     q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
-    return rearrange(tiled_attention(q, k, v, attention_mask), "(b s) h d -> b h s d", s=seq)
+    attended, _ = document_attention(q, k, v, attention_mask)
+    return rearrange(attended, "(b s) h d -> b h s d", s=seq)
 
 
 def attend_on_gpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
@@ -271,5 +323,5 @@ ATTENTION_KERNELS = [
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.llm.tiled_attention.default,
+    torch.ops.llm.document_attention.default,
 ]

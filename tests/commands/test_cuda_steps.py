@@ -51,8 +51,8 @@ def test_it_runs_without_datasets_and_wandb_and_prints_every_row(tmp_path):
     for cells in rows:
         assert cells[1:4] == ["tiny", "fp16", "eager"]
         assert 0 < float(cells[5].replace(",", "")) < math.inf
-        calls_sdpa = cells[0] in (PEER, "dpo")
-        assert cells[8] == ("flash_attention_for_cpu" if calls_sdpa else "tiled_attention")
+        flash = "flash_attention_for_cpu"  # ours calls it for each document
+        assert cells[8] == (flash if cells[0] in (PEER, "dpo") else f"document_attention, {flash}")
         has_peer = cells[0] == "pretrain adamw"
         assert (0 < float(cells[9]) < math.inf) if has_peer else cells[9] == ""
     assert done.stdout.splitlines()[-1] == "Left out, for lack of time: nothing."
@@ -75,7 +75,7 @@ def test_attention_that_runs_unfused_ends_the_benchmark(cuda_steps):
 
 def test_a_step_without_a_known_attention_kernel_ends_the_benchmark(cuda_steps):
     with pytest.raises(SystemExit, match="no attention kernel that is known"):
-        cuda_steps.find_kernels(["aten::bmm", "aten::_softmax", "llm::tiled_attention_backward"])
+        cuda_steps.find_kernels(["aten::bmm", "aten::_softmax", "llm::document_attention_backward"])
 
 
 def test_the_kernels_of_a_gpu_have_short_names(cuda_steps):

@@ -107,7 +107,7 @@ def test_both_plain_and_masked_rows_run_in_a_kernel_of_their_own(masked, dropout
     q, k, v = torch.randn(3, 2, 4, 8, 16, generator=torch.manual_seed(0)).unbind()
     mask = torch.ones(2, 1, 8, 8, dtype=torch.bool).tril() if masked else None
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    on_cpu = flash if masked else torch.ops.llm.tiled_attention.default
+    on_cpu = flash if masked else torch.ops.llm.document_attention.default
     for backend, expected in ((kernels.CPU, on_cpu), (kernels.CUDA, flash)):
         with RecordKernels() as record:
             backend.attend(q, k[:, :2], v[:, :2], mask, dropout)
@@ -227,4 +227,4 @@ def test_on_a_cpu_packed_rows_run_in_one_call_a_layer():
     assert [can(weight, dropout) for dropout in (0.0, 0.1)] == [True, False]
     with RecordKernels() as record:
         model(**batch)
-    assert record.called == [torch.ops.llm.tiled_attention.default] * model.config.n_layers
+    assert record.called == [torch.ops.llm.document_attention.default] * model.config.n_layers

@@ -6,7 +6,7 @@ from tiny import kept_bytes
 from torch import nn
 
 import kernels
-from kernels.swiglu import TILE, tiled_swiglu
+from kernels.swiglu import TILE, TILE_OF_16_BITS, tiled_swiglu
 from models import SwiGLU
 
 D_MODEL, D_FF = 16, 24
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_the_separate_operations(tokens):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_as_close_to_the_truth_as_in_separate_operations(dtype):
-    layer, x, grad = make(2 * TILE + 7, dtype)
+    layer, x, grad = make(2 * TILE_OF_16_BITS + 7, dtype)
     with torch.autocast("cpu", dtype):
         results = [run(layer, x, grad), run_separately(layer, x, grad)]
     assert [r.dtype for r in results[0]] == [r.dtype for r in results[1]]
@@ -53,7 +53,7 @@ def test_sixteen_bits_are_as_close_to_the_truth_as_in_separate_operations(dtype)
 
 
 def test_weights_of_sixteen_bits_get_gradients_that_were_added_up_in_more():
-    layer, x, grad = make(8 * TILE, torch.bfloat16)
+    layer, x, grad = make(8 * TILE_OF_16_BITS, torch.bfloat16)
     exact = run(layer, x, grad)[1:]
     rounded = run(layer.bfloat16(), x, grad)[1:]
     for mine, other in zip(rounded[1:], exact[1:], strict=True):

@@ -1,11 +1,11 @@
-"""Attention in tiles: SDPA's values and gradients for any documents, at any number of heads."""
+"""Attention document by document: SDPA's values and gradients, at any number of heads."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from kernels.attention import TILE, gather_documents, tiled_attention
+from kernels.attention import TILE, backward_in_tiles, document_attention, gather_documents
 from models import build_attention_mask
 
 HEAD_DIM = 8
@@ -22,8 +22,12 @@ def tensors(heads: int, kv_heads: int, lengths: list[int], dtype=torch.float64) 
     return [*(x.requires_grad_() for x in (q, k, v)), grad, bounds]
 
 
+def attend(q, k, v, bounds) -> torch.Tensor:
+    return document_attention(q, k, v, bounds)[0]
+
+
 def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
-    """The same by SDPA with a mask over all tokens: written down, not in tiles."""
+    """The same by SDPA with a mask over all tokens."""
     lengths = bounds.diff().tolist()
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     mask = build_attention_mask(positions, None, positions, past=0)
@@ -42,16 +46,19 @@ def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
         [3, 1, TILE // 2 - 4, 5, 2 * TILE + 7, 9],  # short ones share a tile, up to its half
         [TILE - 1, TILE // 2, 1],
         [0, 5, 0, 4],  # no tokens: no document
+        [7, 7, 7, 0, 2, 7, 7],  # a kernel takes those of one length at once
     ],
 )
 def test_values_and_gradients_are_those_of_one_mask_over_all_tokens(heads, kv_heads, lengths):
     q, k, v, grad, bounds = tensors(heads, kv_heads, lengths)
     results = []
-    for function in (tiled_attention, attend_by_mask):
+    for function in (attend, attend_by_mask):
         output = function(q, k, v, bounds)
         results.append([output, *torch.autograd.grad(output, (q, k, v), grad)])
-    for tiled, masked in zip(*results, strict=True):
-        torch.testing.assert_close(tiled, masked, atol=1e-12, rtol=1e-12)
+    with torch.no_grad():
+        in_tiles = [results[0][0], *backward_in_tiles(grad, q, k, v, bounds.tolist())]
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(in_tiles, results[1], atol=1e-12, rtol=1e-12)
 
 
 def test_only_whole_short_documents_share_a_span():
@@ -77,19 +84,19 @@ def errors(function, q, k, v, grad, bounds) -> list[float]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_are_nearly_as_close_to_the_truth_as_in_sdpa(dtype):
     inputs = tensors(4, 2, [300, 70], dtype)
-    of_both = [errors(function, *inputs) for function in (tiled_attention, attend_by_mask)]
+    of_both = [errors(function, *inputs) for function in (attend, attend_by_mask)]
     for tiled, sdpa in zip(*of_both, strict=True):
         assert tiled < 2.5 * sdpa
 
 
 def test_gradients_of_keys_and_values_in_sixteen_bits_are_added_up_in_more():
-    *_, of_keys, of_values = errors(tiled_attention, *tensors(1, 1, [16 * TILE], torch.bfloat16))
+    *_, of_keys, of_values = errors(attend, *tensors(1, 1, [16 * TILE], torch.bfloat16))
     assert max(of_keys, of_values) < 6.5e-3  # bf16 keeps 8 bits; each of 16 sums would round
 
 
 def test_scores_of_thousands_do_not_overflow():
     q, k, v, grad, bounds = tensors(2, 2, [40], torch.float32)
-    output = tiled_attention(q * 1e3, k * 1e3, v, bounds)
+    output = attend(q * 1e3, k * 1e3, v, bounds)
     assert output.isfinite().all()
     assert all(x.isfinite().all() for x in torch.autograd.grad(output, (q, k, v), grad))
 
@@ -97,17 +104,17 @@ def test_scores_of_thousands_do_not_overflow():
 def test_it_is_an_operator_as_torch_wants_one():
     # Its schema, fake tensors, autograd registration and torch.compile, by torch's own checks.
     q, k, v, _, bounds = tensors(4, 2, [5, 9])
-    torch.library.opcheck(tiled_attention, (q, k, v, bounds))
+    torch.library.opcheck(document_attention, (q, k, v, bounds))
 
 
 def test_a_compiled_caller_is_one_graph_whatever_the_documents():
     explained = torch.compile(
-        lambda q, k, v, bounds: tiled_attention(q * 2, k, v, bounds) * 2,
+        lambda q, k, v, bounds: attend(q * 2, k, v, bounds) * 2,
         fullgraph=True,
         backend="aot_eager",
     )
     for lengths in ([5, 9], [14], [1, 1, 12]):
         q, k, v, grad, bounds = tensors(4, 2, lengths)
         output = explained(q, k, v, bounds)
-        torch.testing.assert_close(output, tiled_attention(q * 2, k, v, bounds) * 2)
+        torch.testing.assert_close(output, attend(q * 2, k, v, bounds) * 2)
         output.backward(grad)
