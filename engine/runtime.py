@@ -270,8 +270,8 @@ def keep_freed_memory():
 
 
 def compile_blocks(model, torch_compile, rt: Runtime):
-    """torch.compile the training step: each block (5 s; the whole model takes 20 s). On a GPU also the
-    last norm and the loss. "auto": on CUDA, where a compiler is found.
+    """torch.compile the training step: each block (5 s; the whole model takes 20 s), and on a GPU
+    the last norm and the loss. "auto": on CUDA, where a compiler is found.
 
     Everything else must run under `eagerly`. A function has room for eight compiled variants: with
     validation and sampling among them, training would get none.
