@@ -6,6 +6,10 @@ in every dtype. Which rows are whose is known to the device alone, or also to it
     on the device    torch's grouped matrix product, where a GPU has a kernel for it
     on the host      one product after the other. The counts are fetched once in a layer's forward:
                      on other GPUs torch's grouped product fetches them for each of its six products
+
+A CPU takes one expert after the other, each in tiles (kernels/swiglu.py). In 16 bits rows of zeros
+fill each expert's rows up to a multiple of FULL: oneDNN compiles a product for each new shape,
+which takes longer than the product.
 """
 
 from itertools import accumulate, pairwise
@@ -14,6 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.autograd import compute_dtype, is_plain
+from kernels.swiglu import swiglu_into, tiled_swiglu_backward
+
+FULL = 128  # rows
 
 
 def run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
@@ -32,9 +39,11 @@ def run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torc
     layers = [(e.gate_proj, e.up_proj, e.down_proj) for e in experts]
     if not all(is_plain(layer) for of_expert in layers for layer in of_expert):
         return run_experts_one_by_one(x, counts, experts, backend)
+    gate, up, down = ([layer.weight for layer in of_kind] for of_kind in zip(*layers, strict=True))
+    if x.device.type == "cpu":
+        return experts_in_tiles(x.to(dtype), counts, gate, up, down)[0]
     if not has_grouped_kernel(x.device, dtype, x.shape[-1], layers[0][0].out_features):
         counts = counts.cpu()
-    gate, up, down = ([layer.weight for layer in of_kind] for of_kind in zip(*layers, strict=True))
     return expert_swiglu(x.to(dtype), counts, gate, up, down)[0]
 
 
@@ -158,6 +167,96 @@ def _backward(ctx, grad, _):
 
 
 expert_swiglu.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("llm::experts_in_tiles", mutates_args=())
+def experts_in_tiles(
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output (rows, d_model), gate(x), up(x)). Arguments as expert_swiglu's.
+
+    gate(x) and up(x) (more rows, d_ff) stand as backward needs them: see places().
+    """
+    padded = spread(x, counts)  # (more rows, d_model)
+    gate_x, up_x = (x.new_empty(len(padded), len(gate[0])) for _ in range(2))
+    output, taken = torch.empty_like(x), torch.empty_like(padded)
+    for (part, place), *weights in zip(places(x, counts), gate, up, down, strict=True):
+        swiglu_into(taken[place], gate_x[place], up_x[place], padded[place], *weights)
+        output[part] = taken[place][: part.stop - part.start]
+    return output, gate_x, up_x
+
+
+def places(x: torch.Tensor, counts: torch.Tensor) -> list[tuple[slice, slice]]:
+    """Each expert's rows: where they are, and where they stand with rows of zeros behind them."""
+    full = FULL if x.dtype.itemsize == 2 else 1
+    ends = accumulate((-(-count // full) * full for count in counts.tolist()), initial=0)
+    return list(zip(parts(counts), (slice(*pair) for pair in pairwise(ends)), strict=True))
+
+
+def spread(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """x (rows, size) -> (more rows, size), the same number of rows for all counts."""
+    padded = x.new_zeros(len(x) + len(counts) * FULL, x.shape[1])
+    for part, place in places(x, counts):
+        padded[place.start : place.start + part.stop - part.start] = x[part]
+    return padded
+
+
+@torch.library.custom_op("llm::experts_in_tiles_backward", mutates_args=())
+def experts_in_tiles_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    gate_x: torch.Tensor,
+    up_x: torch.Tensor,
+    gate: list[torch.Tensor],
+    up: list[torch.Tensor],
+    down: list[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Gradients of x, and of each expert's gate, up and down, in this order."""
+    padded, grad_padded, grad_x = spread(x, counts), spread(grad, counts), torch.empty_like(x)
+    of_weights = []
+    for (part, place), *weights in zip(places(x, counts), gate, up, down, strict=True):
+        kept = gate_x[place], up_x[place]
+        of_expert = tiled_swiglu_backward(grad_padded[place], padded[place], *weights, *kept)
+        grad_x[part] = of_expert[0][: part.stop - part.start]
+        of_weights.append(of_expert[1:])
+    return [
+        grad_x,
+        *(gradient for of_kind in zip(*of_weights, strict=True) for gradient in of_kind),
+    ]
+
+
+@experts_in_tiles.register_fake
+def _(x, counts, gate, up, down):
+    rows, d_ff = x.shape[0] + len(gate) * FULL, gate[0].shape[0]
+    return torch.empty_like(x), x.new_empty(rows, d_ff), x.new_empty(rows, d_ff)
+
+
+@experts_in_tiles_backward.register_fake
+def _(grad, x, counts, gate_x, up_x, gate, up, down):
+    return [torch.empty_like(tensor) for tensor in (x, *gate, *up, *down)]
+
+
+def _keep_tiles(ctx, inputs, output):
+    x, counts, gate, up, down = inputs
+    ctx.save_for_backward(x, counts, *output[1:], *gate, *up, *down)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_in_tiles(ctx, grad, *_):
+    x, counts, gate_x, up_x, *weights = ctx.saved_tensors
+    count = len(weights) // 3
+    of_kind = weights[:count], weights[count : 2 * count], weights[2 * count :]
+    of_x, *of_weights = experts_in_tiles_backward(grad, x, counts, gate_x, up_x, *of_kind)
+    gate, up, down = (of_weights[start : start + count] for start in range(0, 3 * count, count))
+    return of_x, None, gate, up, down
+
+
+experts_in_tiles.register_autograd(_backward_in_tiles, setup_context=_keep_tiles)
 
 
 @torch.compiler.disable

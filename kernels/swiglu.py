@@ -35,17 +35,23 @@ def tiled_swiglu(
 
     x (tokens, d_model), gate_weight and up_weight (d_ff, d_model), down_weight (d_model, d_ff).
     """
-    weights = (w.to(x.dtype) for w in (gate_weight, up_weight, down_weight))
-    gate_weight, up_weight, down_weight = weights
-    (tokens, _), (d_ff, _) = x.shape, gate_weight.shape
-    output, scratch = torch.empty_like(x), x.new_empty(tile_size(x), d_ff)
+    output, (tokens, d_ff) = torch.empty_like(x), (len(x), len(gate_weight))
     gate, up = (x.new_empty(tokens, d_ff) for _ in range(2))
+    swiglu_into(output, gate, up, x, gate_weight, up_weight, down_weight)
+    return output, gate, up
+
+
+def swiglu_into(
+    output: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, x: torch.Tensor, *weights
+) -> None:
+    """tiled_swiglu, written to tensors that exist."""
+    gate_weight, up_weight, down_weight = (weight.to(x.dtype) for weight in weights)
+    scratch = x.new_empty(tile_size(x), gate.shape[1])
     for tile in tiles(x):
         torch.mm(x[tile], gate_weight.T, out=gate[tile])
         torch.mm(x[tile], up_weight.T, out=up[tile])
         activated = silu(gate[tile], out=scratch[: tile.stop - tile.start])  # (tile, d_ff)
         torch.mm(activated.mul_(up[tile]), down_weight.T, out=output[tile])
-    return output, gate, up
 
 
 @torch.library.custom_op("llm::tiled_swiglu_backward", mutates_args=())

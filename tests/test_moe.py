@@ -64,7 +64,7 @@ def output_and_gradients(function, layer, x):
     return dict(zip(("output", "x", *parameters), (output.detach(), *gradients), strict=True))
 
 
-ALL_EXPERTS = torch.ops.llm.expert_swiglu.default
+ALL_EXPERTS = torch.ops.llm.experts_in_tiles.default
 NO_EXPERT_BY_ITSELF = replace(kernels.CPU, swiglu=pytest.fail)
 
 
