@@ -10,6 +10,7 @@ import argparse
 import platform
 import statistics
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,15 +38,14 @@ def attend(q, k, v, bounds) -> torch.Tensor:
 
 
 def attend_by_sdpa(q, k, v, bounds) -> torch.Tensor:
-    lengths, options = bounds.diff().tolist(), {"is_causal": True}
-    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    lengths, is_grouped = bounds.diff().tolist(), q.shape[1] != k.shape[1]
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=is_grouped)
     if len(set(lengths)) == 1:
         q, k, v = (rearrange(x, "(b s) h d -> b h s d", s=lengths[0]) for x in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v, **options)
-        return rearrange(x, "b h s d -> (b s) h d")
+        return rearrange(sdpa(q, k, v), "b h s d -> (b s) h d")
     q, k, v = (rearrange(x, "s h d -> 1 h s d").split(lengths, dim=2) for x in (q, k, v))
     documents = zip(q, k, v, strict=True)
-    attended = [F.scaled_dot_product_attention(*document, **options) for document in documents]
+    attended = [sdpa(*document) for document in documents]
     return rearrange(torch.cat(attended, dim=2), "1 h s d -> s h d")
 
 

@@ -36,6 +36,7 @@ from kernels.autograd import at_least_fp32, compute_dtype
 # --- backward in tiles of queries, for 16 bits on a CPU ------------------------------------------
 
 TILE = 256  # queries
+FULL = 32  # tokens: oneDNN compiles a product for each new shape, so that lengths are rounded up
 
 
 class Span(NamedTuple):
@@ -58,11 +59,12 @@ def gather_documents(bounds: list[int]) -> list[Span]:
 
 
 def query_tiles(span: Span, group: int, like: torch.Tensor):
-    """Yields (queries, their places in by_kv_head's q, keys, mask (places, keys)), in the span.
+    """Yields (queries, their places in by_kv_head's q, keys, mask (places, keys)), in the span and
+    in the zeros behind it, which no query of the span sees.
 
     The mask is -inf where a key comes after its query or belongs to another document.
     """
-    length = span.end - span.start
+    length = round_up(span.end - span.start)
     for start in range(0, length, TILE):
         end = min(start + TILE, length)
         mask = like.new_zeros(end - start, end)
@@ -80,16 +82,25 @@ def probabilities(q, k, mask) -> torch.Tensor:
     return torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
 
 
+def round_up(tokens: int) -> int:
+    return -(-tokens // FULL) * FULL
+
+
 def by_kv_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(tokens, heads, head_dim) -> (kv_heads, tokens * group, head_dim).
+    """(tokens, heads, head_dim) -> (kv_heads, round_up(tokens) * group, head_dim), zeros behind.
 
     The heads that share a key become places in one matrix product.
     """
-    return rearrange(x, "n (kv group) d -> kv (n group) d", kv=kv_heads).contiguous()
+    tokens, heads, head_dim = x.shape
+    group = heads // kv_heads
+    padded = x.new_zeros(kv_heads, round_up(tokens) * group, head_dim)
+    padded[:, : tokens * group] = rearrange(x, "n (kv group) d -> kv (n group) d", kv=kv_heads)
+    return padded
 
 
-def by_token(x: torch.Tensor, group: int) -> torch.Tensor:
-    return rearrange(x, "kv (n group) d -> n (kv group) d", group=group)
+def by_token(x: torch.Tensor, group: int, tokens: int) -> torch.Tensor:
+    """(kv_heads, at least tokens * group, head_dim) -> (tokens, heads, head_dim)."""
+    return rearrange(x[:, : tokens * group], "kv (n group) d -> n (kv group) d", group=group)
 
 
 def backward_in_tiles(
@@ -112,9 +123,11 @@ def backward_in_tiles(
             grad_probs = grad_output @ value.mT
             grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
             grad_keys[:, seen] += grad_scores.mT @ query
-            grad_q[of_span][tile] = by_token(grad_scores @ key, group)
-        grad_k[of_span] = by_token(grad_keys.mul_(scale), 1)
-        grad_v[of_span] = by_token(grad_values, 1)
+            of_tile = grad_q[of_span][tile]
+            of_tile[:] = by_token(grad_scores @ key, group, len(of_tile))
+        tokens = span.end - span.start
+        grad_k[of_span] = by_token(grad_keys.mul_(scale), 1, tokens)
+        grad_v[of_span] = by_token(grad_values, 1, tokens)
     return grad_q.mul_(scale), grad_k, grad_v
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.autograd import add_product, compute_dtype
 
+FULL = 256  # positions
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 
 
@@ -122,6 +123,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None, None, None
 
 
+def positions_with_targets(targets: torch.Tensor) -> torch.Tensor:
+    """Where targets are, and some places where none is: their number is a multiple of FULL, where
+    that is possible. oneDNN compiles a product for each new shape.
+    """
+    is_target = targets != IGNORE_INDEX
+    kept = is_target.nonzero().squeeze(1)
+    others = (~is_target).nonzero().squeeze(1)[: -len(kept) % FULL]
+    return torch.cat((kept, others))
+
+
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -138,7 +149,7 @@ def chunked_cross_entropy(
         chunks: of this device.
         of_chunk: loss_of_chunk, or fusible_loss_of_chunk compiled, on a GPU.
     """
-    kept = (targets != IGNORE_INDEX).nonzero().squeeze(1) if chunks.skip_ignored else None
+    kept = positions_with_targets(targets) if chunks.skip_ignored else None
     # Asked here: inside forward() gradients are off, and ctx.needs_input_grad does not tell.
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, kept, chunks, needs_grad, of_chunk)
