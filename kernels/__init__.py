@@ -51,12 +51,12 @@ class Backend:
 
 CPU = Backend(
     name="CPU",
-    rms_norm=norm_rope.rms_norm,
-    norm_and_rotate=norm_rope.norm_and_rotate,
+    rms_norm=partial(norm_rope.rms_norm, part_size=norm_rope.CPU_PART),
+    norm_and_rotate=partial(norm_rope.norm_and_rotate, part_size=norm_rope.CPU_PART),
     attend=attention.attend_on_cpu,
     can_attend_by_document=attention.can_attend_by_document_on_cpu,
     swiglu=swiglu.swiglu_on_cpu,
-    run_experts=experts.run_experts,
+    run_experts=experts.run_experts_on_cpu,
     cross_entropy=cross_entropy.chunked_cross_entropy,
     token_log_probs=cross_entropy.chunked_log_probs,
     chunks=cross_entropy.CPU_CHUNKS,

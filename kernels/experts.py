@@ -35,16 +35,29 @@ def run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torc
     Returns:
         (rows, d_model).
     """
-    dtype = compute_dtype(x)
+    dtype, weights = compute_dtype(x), weights_of(experts)
+    if weights is None:
+        return run_experts_one_by_one(x, counts, experts, backend)
+    if not has_grouped_kernel(x.device, dtype, x.shape[-1], len(weights[0][0])):
+        counts = counts.cpu()
+    return expert_swiglu(x.to(dtype), counts, *weights)[0]
+
+
+def run_experts_on_cpu(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
+    """As run_experts, one expert after the other in tiles."""
+    weights = weights_of(experts)
+    if weights is None:
+        return run_experts_one_by_one(x, counts, experts, backend)
+    return experts_in_tiles(x.to(compute_dtype(x)), counts, *weights)[0]
+
+
+def weights_of(experts) -> tuple[list, list, list] | None:
+    """Of all gate_proj, up_proj and down_proj. None where a layer has an adapter."""
     layers = [(e.gate_proj, e.up_proj, e.down_proj) for e in experts]
     if not all(is_plain(layer) for of_expert in layers for layer in of_expert):
-        return run_experts_one_by_one(x, counts, experts, backend)
+        return None
     gate, up, down = ([layer.weight for layer in of_kind] for of_kind in zip(*layers, strict=True))
-    if x.device.type == "cpu":
-        return experts_in_tiles(x.to(dtype), counts, gate, up, down)[0]
-    if not has_grouped_kernel(x.device, dtype, x.shape[-1], layers[0][0].out_features):
-        counts = counts.cpu()
-    return expert_swiglu(x.to(dtype), counts, gate, up, down)[0]
+    return gate, up, down
 
 
 @torch.compiler.assume_constant_result

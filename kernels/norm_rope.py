@@ -5,8 +5,8 @@ keep their input, in the dtype in which it came, and one number per normalised v
 gets the plain operations, marked to be computed again: it fuses them itself, and the compiled graph
 keeps the input alone.
 
-A dozen passes over a tensor follow each other. On a CPU they work through it part by part, so that
-a part stays in the cache between the passes.
+A dozen passes over a tensor follow each other. A CPU works through it part by part, so that a part
+stays in the cache between the passes.
 """
 
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from einops import rearrange
 
 from kernels.autograd import at_least_fp32, compute_dtype, recompute
 
-PART = 2**18  # elements
+CPU_PART = 2**18  # elements
 
 
-def parts(x: torch.Tensor) -> Iterator[slice]:
-    """Slices of the first dimension. A GPU takes everything at once."""
-    count = len(x)
-    size = max(1, PART * count // max(1, x.numel())) if x.device.type == "cpu" else max(1, count)
+def parts(x: torch.Tensor, elements: int | None) -> Iterator[slice]:
+    """Slices of the first dimension, of so many elements; None: everything at once."""
+    count, of_one = len(x), max(1, x.numel() // max(1, len(x)))
+    size = max(1, count if elements is None else elements // of_one)
     return (slice(start, start + size) for start in range(0, count, size))
 
 
@@ -53,35 +53,38 @@ def norm_backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, eps, dtype):
+    def forward(ctx, x, weight, eps, dtype, part_size):
         output, scale = torch.empty_like(x, dtype=dtype), at_least_fp32(x.new_empty(len(x), 1))
-        for part in parts(x):
+        for part in parts(x, part_size):
             x_hat, scale[part] = normalize(x[part], eps)
             output[part] = x_hat.mul_(weight)
         ctx.save_for_backward(x, weight, scale)
+        ctx.part_size = part_size
         return output
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(at_least_fp32(weight))
-        for part in parts(x):
+        for part in parts(x, ctx.part_size):
             of_output = grad[part].to(grad_weight.dtype, copy=True)
             wide = at_least_fp32(x[part])
             grad_x[part], of_weight = norm_backward(of_output, wide, weight, scale[part])
             grad_weight += of_weight
-        return grad_x, grad_weight.to(weight.dtype), None, None
+        return grad_x, grad_weight.to(weight.dtype), None, None, None
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, part_size: int | None = None
+) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467).
 
-    x (…, size), weight (size,). The result has the dtype of the next matrix product: it is rounded
-    only once.
+    x (…, size), weight (size,); part_size as in parts(). The result has the dtype of the next
+    matrix product: it is rounded only once.
     """
     if torch.compiler.is_compiling():
         return recompute(reference_rms_norm, x, weight, eps)
-    output = _RMSNorm.apply(x.flatten(0, -2), weight, eps, compute_dtype(x))
+    output = _RMSNorm.apply(x.flatten(0, -2), weight, eps, compute_dtype(x), part_size)
     return output.view(x.shape)
 
 
@@ -97,19 +100,20 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 class _NormAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, cos, sin, eps):
+    def forward(ctx, x, weight, cos, sin, eps, part_size):
         output, scale = torch.empty_like(x), at_least_fp32(x.new_empty(*x.shape[:-1], 1))
-        for part in parts(x):
+        for part in parts(x, part_size):
             x_hat, scale[part] = normalize(x[part], eps)
             output[part] = rotate(x_hat.mul_(weight), cos[part], sin[part])
         ctx.save_for_backward(x, weight, scale, cos, sin)
+        ctx.part_size = part_size
         return output
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale, cos, sin = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(at_least_fp32(weight))
-        for part in parts(x):
+        for part in parts(x, ctx.part_size):
             rotated_back = rotate(at_least_fp32(grad[part]), cos[part], -sin[part])
             vectors = (rotated_back, at_least_fp32(x[part]), scale[part])
             of_output, wide, factor = (rearrange(y, "b h s d -> (b s h) d") for y in vectors)
@@ -117,10 +121,10 @@ class _NormAndRotate(torch.autograd.Function):
             heads, seq = x.shape[1:3]
             grad_x[part] = rearrange(of_vectors, "(b s h) d -> b h s d", h=heads, s=seq)
             grad_weight += of_weight
-        return grad_x, grad_weight.to(weight.dtype), None, None, None
+        return grad_x, grad_weight.to(weight.dtype), None, None, None, None
 
 
-def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
+def norm_and_rotate(x, weight, cos, sin, eps: float, part_size: int | None = None) -> torch.Tensor:
     """RMSNorm of each head's vector, then rotary embedding (arXiv 2104.09864), both in fp32.
 
     x (batch, heads, seq, head_dim), weight (head_dim,), cos and sin fp32
@@ -129,7 +133,7 @@ def norm_and_rotate(x, weight, cos, sin, eps: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
         return recompute(reference_norm_and_rotate, x, weight, cos, sin, eps)
     cos, sin = (y.expand(len(x), -1, -1, -1) for y in (cos, sin))
-    return _NormAndRotate.apply(x, weight, cos, sin, eps)
+    return _NormAndRotate.apply(x, weight, cos, sin, eps, part_size)
 
 
 def reference_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
