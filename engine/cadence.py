@@ -53,6 +53,7 @@ class Cadence:
     ):
         self.every = {name: config[f"{name}_every"] for name in ("log", "eval", "sample", "save")}
         self.total, self.start = loader.total_steps, loader.start_step
+        self.quarter = max(1, self.total // AT_LEAST)  # steps between validations that must be
         self.meter, self.rt, self.clock = meter, rt, clock
         self.last_log = (self.start, -math.inf)  # step, time
         self.saved: float | None = None
@@ -94,10 +95,11 @@ class Cadence:
         return is_first or waited
 
     def _eval(self, step: int) -> bool:
-        quarter, every = max(1, self.total // AT_LEAST), max(1, self.total // VALIDATIONS)
-        if step % quarter == 0 and step // quarter < AT_LEAST:
+        if step % self.quarter == 0 and step // self.quarter < AT_LEAST:
             return True
-        return self._is_time(every, step) and self._is_paid("eval", step)
+        return self._is_time(max(1, self.total // VALIDATIONS), step) and self._is_paid(
+            "eval", step
+        )
 
     def _sample(self, step: int) -> bool:
         return self._is_time(max(1, self.total // SAMPLES), step) and self._is_paid("sample", step)
@@ -124,7 +126,7 @@ class Cadence:
         cost = self.meter.spent["eval"] + self.meter.spent["sample"] + self.dearest[name]
         if name == "sample" and self._is_due("eval", step):
             cost += self.dearest.get("eval", 0.0)
-        quarters = min(AT_LEAST - 1, step // max(1, self.total // AT_LEAST))
+        quarters = min(AT_LEAST - 1, step // self.quarter)
         must_be = AT_LEAST - quarters  # validations after this step
         kept_back = must_be * self.dearest.get("eval", 0.0) + self.dearest.get("sample", 0.0)
         passed = self.clock() - self.meter.started
@@ -154,7 +156,7 @@ class Cadence:
             "log": f"the first {FIRST_LINES} steps, then at least {LOG_STEPS} steps and "
             f"{LOG_SECONDS:.0f} s apart",
             "eval": f"every {max(1, self.total // VALIDATIONS):,} steps {looks}, and every "
-            f"{max(1, self.total // AT_LEAST):,} steps",
+            f"{self.quarter:,} steps",
             "sample": f"every {max(1, self.total // SAMPLES):,} steps {looks}",
             "save": f"every {SAVE_SECONDS / 60:.0f} minutes, later where a save takes more than "
             f"{SAVING:.0%} of them",

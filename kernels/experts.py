@@ -109,6 +109,12 @@ def stack_weights(
     return torch.stack(pairs), torch.stack([weight.to(dtype) for weight in down])
 
 
+def by_kind(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """[*gate, *up, *down] of all experts -> [gate, up, down]."""
+    count = len(tensors) // 3
+    return [tensors[start : start + count] for start in range(0, 3 * count, count)]
+
+
 @torch.library.custom_op("llm::expert_swiglu", mutates_args=())
 def expert_swiglu(
     x: torch.Tensor,
@@ -171,8 +177,7 @@ def _keep(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     x, counts, hidden, *weights = ctx.saved_tensors
-    count = len(weights) // 3
-    gate, up, down = weights[:count], weights[count : 2 * count], weights[2 * count :]
+    gate, up, down = by_kind(weights)
     of_x, of_gate_up, of_down = expert_swiglu_backward(grad, x, counts, hidden, gate, up, down)
     of_gate, of_up = of_gate_up.chunk(2, dim=1)  # (experts, d_ff, d_model) each
     of_weights = (list(of_kind.to(gate[0].dtype)) for of_kind in (of_gate, of_up, of_down))
@@ -262,11 +267,9 @@ def _keep_tiles(ctx, inputs, output):
 
 def _backward_in_tiles(ctx, grad, *_):
     x, counts, gate_x, up_x, *weights = ctx.saved_tensors
-    count = len(weights) // 3
-    of_kind = weights[:count], weights[count : 2 * count], weights[2 * count :]
-    of_x, *of_weights = experts_in_tiles_backward(grad, x, counts, gate_x, up_x, *of_kind)
-    gate, up, down = (of_weights[start : start + count] for start in range(0, 3 * count, count))
-    return of_x, None, gate, up, down
+    kept = x, counts, gate_x, up_x
+    of_x, *of_weights = experts_in_tiles_backward(grad, *kept, *by_kind(weights))
+    return of_x, None, *by_kind(of_weights)
 
 
 experts_in_tiles.register_autograd(_backward_in_tiles, setup_context=_keep_tiles)
