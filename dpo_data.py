@@ -179,13 +179,33 @@ def reply(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
+def rows_of_least_padding(lengths: list[int], multiple: int) -> tuple[list[list[int]], int]:
+    """(indices of each row's pairs, tokens of a row). A row is a multiple long, and at most twice
+    as long as the longest pair needs: where attention needs a mask, that grows with the square.
+    """
+    least = -(-max(lengths, default=1) // multiple)
+    sizes = [multiple * number for number in range(least, 2 * least + 1)]
+    fits = [(best_fit(lengths, size) or [[]], size) for size in sizes]
+    return min(fits, key=lambda fit: len(fit[0]) * fit[1])
+
+
+def share_questions(documents: list[np.ndarray], places: int) -> dict[str, np.ndarray]:
+    """kernels.SharedDocuments of documents, each the places of its tokens in the flattened rows."""
+    documents = documents or [np.zeros(1, dtype=np.int64)]  # a batch of padding alone
+    unfold_index, fold_index = np.concatenate(documents), np.zeros(places, dtype=np.int64)
+    fold_index[unfold_index] = np.arange(len(unfold_index))
+    bounds = np.cumsum([0, *map(len, documents)], dtype=np.int32)
+    return {"cu_seq_lens_q": bounds, "unfold_index": unfold_index, "fold_index": fold_index}
+
+
 class PairCollator:
     """Pairs -> rows of [question][chosen][rejected], several pairs to a row, best-fit.
 
     Tensors (int64): input_ids, position_ids, pair_ids, branch_ids (rows, length), where branch is
     0 question, 1 chosen, 2 rejected, and -1 padding; and one entry per answer token:
     predictor_index (flat position that predicts it), target_ids, sequence_index (2 * pair, + 1 if
-    rejected). answer_lengths (2 * pairs,) counts each answer's tokens.
+    rejected). answer_lengths (2 * pairs,) counts each answer's tokens. cu_seq_lens_q, unfold_index
+    and fold_index are kernels.SharedDocuments: each answer behind a question of its own.
     """
 
     def __init__(self, pad_token_id: int, max_length: int = 512, multiple: int = 64):
@@ -195,33 +215,35 @@ class PairCollator:
     def __call__(self, pairs: list[dict]) -> dict[str, torch.Tensor]:
         parts = [[np.asarray(p[f"{n}_ids"], np.int64) for n in PARTS] for p in pairs]
         lengths = [sum(map(len, part)) for part in parts]
-        width = -(-max(lengths, default=1) // self.multiple) * self.multiple
-        rows = best_fit(lengths, width) or [[]]
-        shape = (len(rows), width)
-        batch: dict[str, np.ndarray] = {
-            "input_ids": np.full(shape, self.pad_token_id, dtype=np.int64),
-            "position_ids": np.zeros(shape, dtype=np.int64),
-            "pair_ids": np.full(shape, -1, dtype=np.int64),
-            "branch_ids": np.full(shape, -1, dtype=np.int64),
+        rows, width = rows_of_least_padding(lengths, self.multiple)
+        fills = {
+            "input_ids": self.pad_token_id,
+            "position_ids": 0,
+            "pair_ids": -1,
+            "branch_ids": -1,
         }
-        predictors, targets, sequences = [], [], []
+        batch = {name: np.full(len(rows) * width, fill) for name, fill in fills.items()}
+        predictors, targets, sequences, documents = [], [], [], []
         for row, members in enumerate(rows):
-            start = 0
+            start = row * width
             for pair in members:
-                prompt_end = start + len(parts[pair][0]) - 1
                 for branch, ids in enumerate(parts[pair]):
-                    where = slice(start, start + len(ids))
-                    offset = len(parts[pair][0]) if branch else 0
-                    batch["input_ids"][row, where] = ids
-                    batch["position_ids"][row, where] = offset + np.arange(len(ids))
-                    batch["pair_ids"][row, where] = pair
-                    batch["branch_ids"][row, where] = branch
-                    if branch:  # the question's last token predicts both answers' first
-                        before = [prompt_end, *range(start, start + len(ids) - 1)]
-                        predictors.append(row * width + np.array(before))
-                        targets.append(ids)
-                        sequences.append(np.full(len(ids), 2 * pair + branch - 1))
+                    places = np.arange(start, start + len(ids))  # in the flattened rows
                     start += len(ids)
+                    batch["input_ids"][places] = ids
+                    batch["pair_ids"][places] = pair
+                    batch["branch_ids"][places] = branch
+                    if not branch:
+                        question = places
+                        continue
+                    document = np.concatenate([question, places])
+                    batch["position_ids"][document] = np.arange(len(document))
+                    documents.append(document)
+                    # The question's last token predicts both answers' first.
+                    predictors.append(document[len(question) - 1 : -1])
+                    targets.append(ids)
+                    sequences.append(np.full(len(ids), 2 * pair + branch - 1))
+        batch = {name: values.reshape(-1, width) for name, values in batch.items()}
         empty = np.zeros(0, dtype=np.int64)
         batch["predictor_index"] = np.concatenate([empty, *predictors])
         batch["target_ids"] = np.concatenate([empty, *targets])
@@ -233,6 +255,7 @@ class PairCollator:
         for name in ("reference_logps", "chosen_bytes"):
             if pairs and name in pairs[0]:
                 batch[name] = np.stack([np.asarray(pair[name]) for pair in pairs])
+        batch |= share_questions(documents, len(rows) * width)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def full_batch(self, batch_size: int) -> dict[str, torch.Tensor]:

@@ -75,7 +75,7 @@ def build_attention_mask(input_ids, attention_mask, position_ids, past: int):
     they restart would make a GPU wait, so that position_ids always lead to a mask.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask  # made by the caller: DPO's shared questions
+        return attention_mask  # made by the caller: answers that share a question
     packed = position_ids is not None and past == 0
     if attention_mask is None and not packed and (past == 0 or input_ids.shape[1] == 1):
         # One new token may see the whole cache: SDPA's causal mask would hide it.
@@ -216,7 +216,8 @@ class Backbone(nn.Module):
         self, input_ids, attention_mask=None, position_ids=None, cache=None, cu_seq_lens_q=None
     ):
         """input_ids, position_ids (batch, seq); attention_mask (batch, past + seq), 0 at padding,
-        or a bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as in CustomLLM.forward.
+        or a bool mask (batch, 1, seq, past + seq); cu_seq_lens_q as in CustomLLM.forward, or
+        kernels.SharedDocuments.
 
         Returns (hidden (batch, seq, d_model), balancing loss, expert load (layers, experts)).
         """

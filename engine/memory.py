@@ -25,6 +25,7 @@ from engine import optim
 from engine.runtime import make_runtime
 from kernels.attention import ATTENTION_KERNELS
 from kernels.autograd import compute_dtype
+from kernels.shared_documents import unfolding
 from models import CustomLLM, CustomLLMConfig
 
 LEVELS = (False, "selective", "full")  # of gradient_checkpointing
@@ -119,6 +120,7 @@ def with_scratch(function: Callable, x: torch.Tensor, in_forward: int, in_backwa
     return _TakeScratch.apply(output, scratch, in_backward)
 
 
+@unfolding
 def planned_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """kernels.CUDA's. The varlen kernel's backward has the gradient of q in fp32 beside it, padded
     by 128 tokens a document, and those of shared keys and values for every query head.

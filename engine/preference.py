@@ -18,6 +18,7 @@ from engine.model_folder import check_model_folder, load_model_folder
 from engine.progress import Progress, track
 from engine.runtime import Runtime, eagerly, sum_dtype
 from engine.steps import sum_counts
+from kernels import SharedDocuments
 from tokenizer import create_tokenizer
 
 LOSS_TYPES = ("sigmoid", "ipo", "hinge")  # of dpo_train.preference_losses
@@ -68,15 +69,19 @@ class AnswerScorer(nn.Module):
         target_ids,
         sequence_index,
         answer_lengths,
+        cu_seq_lens_q,
+        unfold_index,
+        fold_index,
         **unused,
     ) -> torch.Tensor:
-        mask = shared_question_mask(pair_ids, branch_ids)
-        hidden, _, _ = self.model.model(input_ids, mask, position_ids)
+        backend, head = self.model.backend, self.model.lm_head.weight
+        dropout = self.model.config.dropout if self.training else 0.0
+        mask, documents = None, SharedDocuments(cu_seq_lens_q, unfold_index, fold_index)
+        if not backend.can_attend_by_document(head, dropout):
+            mask = shared_question_mask(pair_ids, branch_ids)
+        hidden, _, _ = self.model.model(input_ids, mask, position_ids, cu_seq_lens_q=documents)
         predictors = hidden.flatten(0, 1)[predictor_index]  # (answer tokens, d_model)
-        backend = self.model.backend
-        log_probs = backend.token_log_probs(
-            predictors, self.model.lm_head.weight, target_ids, backend.chunks
-        )
+        log_probs = backend.token_log_probs(predictors, head, target_ids, backend.chunks)
         sums = torch.zeros(len(answer_lengths), dtype=torch.float32, device=hidden.device)
         return sums.index_add(0, sequence_index, log_probs)
 

@@ -14,12 +14,8 @@ import torch
 
 from kernels import attention, cross_entropy, experts, norm_rope, swiglu
 from kernels.attention import additive_mask
-from kernels.cross_entropy import (
-    IGNORE_INDEX,
-    Chunks,
-    fusible_loss_of_chunk,
-    log_probs_of_logits,
-)
+from kernels.cross_entropy import IGNORE_INDEX, Chunks, fusible_loss_of_chunk
+from kernels.shared_documents import SharedDocuments
 
 __all__ = [
     "CPU",
@@ -27,6 +23,7 @@ __all__ = [
     "IGNORE_INDEX",
     "REFERENCE",
     "Backend",
+    "SharedDocuments",
     "additive_mask",
     "compiled",
     "for_device",
@@ -99,9 +96,9 @@ def compiled(backend: Backend) -> Backend:
     """
     if backend.chunks.softmax is not None:
         return backend
-    loss, log_probs = torch.compile(fusible_loss_of_chunk), torch.compile(log_probs_of_logits)
+    of_chunk = torch.compile(fusible_loss_of_chunk)
     return replace(
         backend,
-        cross_entropy=partial(cross_entropy.chunked_cross_entropy, of_chunk=loss),
-        token_log_probs=partial(cross_entropy.chunked_log_probs, of_logits=log_probs),
+        cross_entropy=partial(cross_entropy.chunked_cross_entropy, of_chunk=of_chunk),
+        token_log_probs=partial(cross_entropy.chunked_log_probs, of_chunk=of_chunk),
     )

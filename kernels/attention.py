@@ -1,16 +1,18 @@
 """Attention: the kernels, by device. Documents packed into one row never see each other.
 
-Three forms of `attention_mask` say which positions see which:
+Four forms of `attention_mask` say which positions see which:
 
     None                          plain causal rows
-    float (batch, 1, seq, keys)   any pattern: padding, DPO's shared questions, a KV cache;
+    float (batch, 1, seq, keys)   any pattern: padding, many answers to a question, a KV cache;
                                   0 where a query sees a key, -inf where not (additive_mask)
     int32 (documents + 1,)        packed rows: where each document of the flattened rows starts,
                                   and the end; no (seq, seq) mask, no work across documents
+    SharedDocuments               such documents that share tokens: DPO's answers to a question
 
-A GPU takes the three with SDPA's flash kernel, its memory-efficient kernel, and the varlen flash
-kernel. Flash kernels want 16 bits and compute capability 8.0 (Ampere), and wheels for Windows have
-none. Without them the memory-efficient kernel takes all, packed rows by a mask.
+The fourth is unfolded into the third. A GPU takes the others with SDPA's flash kernel, its
+memory-efficient kernel, and the varlen flash kernel. Flash kernels want 16 bits and compute
+capability 8.0 (Ampere), and wheels for Windows have none. Without them the memory-efficient kernel
+takes all, packed rows by a mask.
 
 A CPU takes the first and the third document by document, with SDPA's flash kernel. In 16 bits its
 backward is slow, and ours works in tiles of queries: the scores of one tile stay in the cache, and
@@ -32,6 +34,7 @@ from einops import rearrange
 from torch.nn.attention.varlen import varlen_attn
 
 from kernels.autograd import at_least_fp32, compute_dtype
+from kernels.shared_documents import unfolding
 
 # --- backward in tiles of queries, for 16 bits on a CPU ------------------------------------------
 
@@ -250,6 +253,7 @@ def sdpa(q, k, v, mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     )
 
 
+@unfolding
 def attend_on_cpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """q (batch, heads, seq, head_dim), k and v (batch, kv_heads, keys, head_dim) -> q's shape."""
     batch, _, seq, _ = q.shape
@@ -262,6 +266,7 @@ def attend_on_cpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) 
     return rearrange(attended, "(b s) h d -> b h s d", s=seq)
 
 
+@unfolding
 def attend_on_gpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """Shapes as attend_on_cpu."""
     if attention_mask is not None and attention_mask.ndim == 1:
@@ -286,6 +291,7 @@ def attend_by_document(q, k, v, bounds: torch.Tensor) -> torch.Tensor:
     return rearrange(cast(torch.Tensor, x), "(b s) h d -> b h s d", s=seq)
 
 
+@unfolding
 def reference_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """The twin of both: softmax(q k^T / sqrt(head_dim)) v with every score written out."""
     if attention_mask is None or attention_mask.ndim == 1:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from kernels.autograd import add_product, compute_dtype
 
@@ -46,42 +45,52 @@ GPU_CHUNKS = Chunks(logits=2**25)  # 128 MB of fp32
 
 
 def loss_of_chunk(
-    logits: torch.Tensor, targets: torch.Tensor, needs_grad: bool, softmax: int | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    needs_grad: bool,
+    softmax: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed cross entropy, fp32; the gradient of the logits) of logits (chunk, vocab) and targets
-    (chunk,). The gradient is written over the logits.
+    """(-log softmax(logits)[target], fp32 (chunk,); the gradient of its sum by token_weights).
+
+    logits (chunk, vocab), targets (chunk,), token_weights fp32 (chunk,). The gradient, that of the
+    logits, is written over them.
     """
-    loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+    losses = torch.empty_like(token_weights)
     size = max(1, (softmax or logits.numel()) // logits.shape[1])  # tokens
-    for part, target in zip(logits.split(size), targets.split(size), strict=True):
-        is_target = target != IGNORE_INDEX
-        index = target.clamp(min=0).unsqueeze(1)  # (tokens, 1); any class where ignored
+    tensors = (logits, targets.clamp(min=0), token_weights, losses)  # any class where ignored
+    for part, target, weight, loss in zip(*(x.split(size) for x in tensors), strict=True):
+        index = target.unsqueeze(1)  # (tokens, 1)
         exps = part.float()  # (tokens, vocab)
         highest, at_target = exps.amax(-1, keepdim=True), exps.gather(1, index)
         exps.sub_(highest).exp_()  # in place: a softmax in one pass of exponentials
         total = exps.sum(-1, keepdim=True)  # (tokens, 1)
-        loss += ((total.log() + highest - at_target).squeeze(1) * is_target).sum()
+        loss.copy_((total.log() + highest - at_target).squeeze(1))
         if needs_grad:  # d loss / d logits = softmax - one_hot(target)
-            counts = is_target.unsqueeze(1).float()  # (tokens, 1)
-            part.copy_(exps.mul_(counts / total).scatter_add_(1, index, -counts))
-    return loss, logits
+            weight = weight.unsqueeze(1)
+            part.copy_(exps.mul_(weight / total).scatter_add_(1, index, -weight))
+    return losses, logits
 
 
 def fusible_loss_of_chunk(
-    logits: torch.Tensor, targets: torch.Tensor, needs_grad: bool, softmax: int | None
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    needs_grad: bool,
+    softmax: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """loss_of_chunk for torch.compile: nothing in place, so that it becomes two passes over the
     logits, one for the sums and one that writes the gradient.
     """
-    is_target, index = targets != IGNORE_INDEX, targets.clamp(min=0).unsqueeze(1)
+    index = targets.clamp(min=0).unsqueeze(1)  # (chunk, 1)
     wide = logits.float()
     log_total = wide.logsumexp(-1, keepdim=True)  # (chunk, 1)
-    loss = ((log_total - wide.gather(1, index)).squeeze(1) * is_target).sum()
+    losses = (log_total - wide.gather(1, index)).squeeze(1)
     if not needs_grad:
-        return loss, logits
+        return losses, logits
     one_hot = torch.arange(logits.shape[1], device=logits.device) == index  # (chunk, vocab)
-    gradient = ((wide - log_total).exp() - one_hot.float()) * is_target.unsqueeze(1)
-    return loss, gradient.to(logits.dtype)
+    gradient = ((wide - log_total).exp() - one_hot.float()) * token_weights.unsqueeze(1)
+    return losses, gradient.to(logits.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -102,9 +111,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets) if kept is None else len(kept), size):
             part = slice(start, start + size) if kept is None else kept[start : start + size]
             chunk = hidden[part].to(dtype)
-            logits = F.linear(chunk, head)  # (chunk, vocab)
-            of_targets, gradient = of_chunk(logits, targets[part], needs_grad, chunks.softmax)
-            loss += of_targets
+            logits, is_target = F.linear(chunk, head), (targets[part] != IGNORE_INDEX).float()
+            losses, gradient = of_chunk(
+                logits, targets[part], is_target, needs_grad, chunks.softmax
+            )
+            loss += (losses * is_target).sum()  # autocast would round a product
             if needs_grad:
                 grad_hidden[part] = (gradient @ head).to(hidden.dtype)
                 add_product(grad_weight, gradient, chunk)
@@ -155,9 +166,41 @@ def chunked_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, kept, chunks, needs_grad, of_chunk)
 
 
-def log_probs_of_logits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """fp32 (chunk,) of logits (chunk, vocab) and targets (chunk,)."""
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+class _ChunkedLogProbs(torch.autograd.Function):
+    """Backward computes the logits again: it needs to know each token's gradient first."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunks: Chunks, of_chunk):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.dtype, ctx.chunks, ctx.of_chunk = compute_dtype(hidden), chunks, of_chunk
+        head, losses = weight.to(ctx.dtype), []
+        unused = torch.ones(len(targets), device=hidden.device)  # weights of a gradient
+        for part in slices(len(targets), chunks.tokens(len(weight))):
+            logits = F.linear(hidden[part].to(ctx.dtype), head)  # (chunk, vocab)
+            of_targets, _ = of_chunk(logits, targets[part], unused[part], False, chunks.softmax)
+            losses.append(of_targets)
+            del logits, _  # before the next chunk's are made
+        return -torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, targets = ctx.saved_tensors
+        head, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for part in slices(len(targets), ctx.chunks.tokens(len(weight))):
+            chunk = hidden[part].to(ctx.dtype)
+            logits = F.linear(chunk, head)
+            _, gradient = ctx.of_chunk(logits, targets[part], -grad[part], True, ctx.chunks.softmax)
+            grad_hidden[part] = (gradient @ head).to(hidden.dtype)
+            add_product(grad_weight, gradient, chunk)
+            del logits, gradient
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def slices(tokens: int, size: int) -> list[slice]:
+    """Of consecutive tokens; one at least."""
+    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
 def chunked_log_probs(
@@ -165,25 +208,13 @@ def chunked_log_probs(
     weight: torch.Tensor,
     targets: torch.Tensor,
     chunks: Chunks,
-    of_logits: Callable = log_probs_of_logits,
+    of_chunk: Callable = loss_of_chunk,
 ) -> torch.Tensor:
-    """log softmax(hidden @ weight.T)[target] of each token, fp32 (tokens,), differentiable.
+    """log softmax(hidden @ weight.T)[target] of each token, fp32 (tokens,). Differentiable once.
 
-    Backward computes the logits again, chunk by chunk. Arguments as chunked_cross_entropy, but
-    every target must be a token id; of_logits: log_probs_of_logits, or the same compiled.
+    Arguments as chunked_cross_entropy, but every target must be a token id.
     """
-
-    def of_chunk(chunk, weight, target):
-        return of_logits(F.linear(chunk, weight), target)
-
-    size = chunks.tokens(weight.shape[0])
-    pairs = zip(hidden.split(size), targets.split(size), strict=True)
-    return torch.cat(
-        [
-            checkpoint(of_chunk, chunk, weight, target, use_reentrant=False)
-            for chunk, target in pairs
-        ]
-    )
+    return _ChunkedLogProbs.apply(hidden, weight, targets, chunks, of_chunk)
 
 
 def reference_cross_entropy(hidden, weight, targets, chunks: Chunks | None = None) -> torch.Tensor:

@@ -79,6 +79,18 @@ def test_the_varlen_kernel_takes_the_shapes_and_dtypes_that_it_is_given(level):
     assert record.called == [varlen] * model.config.n_layers * repeats
 
 
+def test_the_varlen_kernel_takes_each_answer_behind_its_own_copy_of_the_question():
+    mode = FakeTensorMode()
+    with mode:
+        model = grouped_model()
+    model.backend = replace(kernels.CUDA, can_attend_by_document=lambda *_: True)
+    batch = {name: mode.from_tensor(tensor) for name, tensor in some_pairs().items()}
+    with mode, RecordKernels() as record, torch.autocast("cpu", torch.bfloat16):
+        AnswerScorer(model)(**batch).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    assert record.called == [torch.ops.torch_attn._varlen_attn.default] * model.config.n_layers
+
+
 @pytest.mark.parametrize("give_positions", [True, False])
 def test_every_query_has_a_key_also_in_left_padding(give_positions):
     # A query without any is undefined, however well this machine's kernel takes it.

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -238,6 +239,22 @@ def test_collated_answers_are_predicted_by_the_token_before_them():
     assert batch["input_ids"].shape == (1, 16), "both pairs fit into one row"
     rejected = (batch["branch_ids"] == 2) & (batch["pair_ids"] == 0)
     assert batch["position_ids"][rejected].tolist() == [2], "as if chosen were not there"
+    unfolded, bounds = ids[batch["unfold_index"]].tolist(), batch["cu_seq_lens_q"].tolist()
+    documents = [unfolded[start:end] for start, end in pairwise(bounds)]
+    assert documents == [[1, 2, 3, 4, 5], [1, 2, 6], [7, 8], [7, 9, 10]]
+    folded = torch.tensor(unfolded)[batch["fold_index"]]
+    real = batch["pair_ids"].flatten() >= 0
+    assert folded[real].tolist() == ids[real].tolist(), "each token gets its own output"
+
+
+def test_rows_are_as_long_as_leaves_the_least_padding():
+    def pair(tokens: int) -> dict:
+        return {"prompt_ids": [1], "chosen_ids": [2] * (tokens - 2), "rejected_ids": [3]}
+
+    collate = PairCollator(pad_token_id=0, multiple=16)
+    shapes = {(48, 32, 16): (2, 48), (48, 32, 32): (2, 64), (40, 40): (1, 80), (48,): (1, 48)}
+    for lengths, shape in shapes.items():
+        assert collate([pair(tokens) for tokens in lengths])["input_ids"].shape == shape
 
 
 def test_an_empty_share_of_a_step_is_one_row_of_padding():

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tiny import cpu_runtime, tiny_model
 
+import kernels
 from dpo_data import PairCollator
 from dpo_train import dpo_loss, pair_losses, preference_losses
 from engine.preference import AnswerScorer, check_loss_options, pair_metrics, reference_logps
@@ -40,10 +42,14 @@ def separate_logps(model, pairs) -> torch.Tensor:
     return torch.stack(sums)
 
 
+@pytest.mark.parametrize("by_document", [False, True], ids=["by_mask", "by_document"])
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_pairs_sharing_a_question_score_as_separate_sequences_in_value_and_gradient(use_moe):
+def test_pairs_sharing_a_question_score_as_separate_sequences_in_value_and_gradient(
+    use_moe, by_document
+):
     torch.manual_seed(0)
     model = tiny_model(use_moe=use_moe, n_kv_heads=1)
+    model.backend = replace(kernels.CPU, can_attend_by_document=lambda *_: by_document)
     pairs = random_pairs()
     scores = AnswerScorer(model)(**PairCollator(0, multiple=16)(pairs))
     expected = separate_logps(model, pairs)
