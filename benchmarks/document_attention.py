@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from peers import ROOT  # noqa: F401 (puts the project on the path)
 
-from kernels.attention import document_attention
+from kernels.document_attention import document_attention
 
 HEAD_DIM = 64
 MIXED = [300, 20, 512, 61, 512, 95, 700, 33, 44, 210, 512, 130, 400, 55, 512]  # 4,096 tokens

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.autograd import add_product, compute_dtype
 
-FULL = 256  # positions
+FULL = 256  # tokens: oneDNN compiles a product for each new shape, so that numbers are rounded up
 IGNORE_INDEX = -100  # a label that is no target, as in torch.nn.functional.cross_entropy
 
 
@@ -42,6 +42,12 @@ class Chunks:
 # The logits of a chunk fit a CPU's cache, the softmax's part the cache of one core.
 CPU_CHUNKS = Chunks(logits=2**22, softmax=2**18, skip_ignored=True)
 GPU_CHUNKS = Chunks(logits=2**25)  # 128 MB of fp32
+
+
+def slices(tokens: int, size: int) -> list[slice]:
+    """Of consecutive tokens, at most size each; one at least. All but the last have one length."""
+    size -= size % FULL if size > FULL else 0
+    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
 def loss_of_chunk(
@@ -107,9 +113,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden if needs_grad else hidden[:0])
         grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
-        size = chunks.tokens(weight.shape[0])
-        for start in range(0, len(targets) if kept is None else len(kept), size):
-            part = slice(start, start + size) if kept is None else kept[start : start + size]
+        count = len(targets) if kept is None else len(kept)
+        for part in slices(count, chunks.tokens(len(weight))):
+            part = part if kept is None else kept[part]
             chunk = hidden[part].to(dtype)
             logits, is_target = F.linear(chunk, head), (targets[part] != IGNORE_INDEX).float()
             losses, gradient = of_chunk(
@@ -136,7 +142,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def positions_with_targets(targets: torch.Tensor) -> torch.Tensor:
     """Where targets are, and some places where none is: their number is a multiple of FULL, where
-    that is possible. oneDNN compiles a product for each new shape.
+    that is possible.
     """
     is_target = targets != IGNORE_INDEX
     kept = is_target.nonzero().squeeze(1)
@@ -198,11 +204,6 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
-def slices(tokens: int, size: int) -> list[slice]:
-    """Of consecutive tokens; one at least."""
-    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
-
-
 def chunked_log_probs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -214,7 +215,11 @@ def chunked_log_probs(
 
     Arguments as chunked_cross_entropy, but every target must be a token id.
     """
-    return _ChunkedLogProbs.apply(hidden, weight, targets, chunks, of_chunk)
+    count = len(targets)
+    if chunks.skip_ignored:  # a CPU: as positions_with_targets
+        hidden = F.pad(hidden, (0, 0, 0, -count % FULL))
+        targets = F.pad(targets, (0, -count % FULL))
+    return _ChunkedLogProbs.apply(hidden, weight, targets, chunks, of_chunk)[:count]
 
 
 def reference_cross_entropy(hidden, weight, targets, chunks: Chunks | None = None) -> torch.Tensor:

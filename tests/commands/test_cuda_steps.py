@@ -5,11 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import kernels
 
 CPU = torch.device("cpu")
 PEER = "peer: Qwen3, adamw"
@@ -52,7 +55,7 @@ def test_it_runs_without_datasets_and_wandb_and_prints_every_row(tmp_path):
         assert cells[1:4] == ["tiny", "fp16", "eager"]
         assert 0 < float(cells[5].replace(",", "")) < math.inf
         flash = "flash_attention_for_cpu"  # ours calls it for each document
-        assert cells[8] == (flash if cells[0] in (PEER, "dpo") else f"document_attention, {flash}")
+        assert cells[8] == (flash if cells[0] == PEER else f"document_attention, {flash}")
         has_peer = cells[0] == "pretrain adamw"
         assert (0 < float(cells[9]) < math.inf) if has_peer else cells[9] == ""
     assert done.stdout.splitlines()[-1] == "Left out, for lack of time: nothing."
@@ -68,6 +71,8 @@ def test_a_name_of_a_missing_package_can_stand_in_an_annotation_and_not_be_used(
 
 def test_attention_that_runs_unfused_ends_the_benchmark(cuda_steps):
     step = cuda_steps.our_step(row(cuda_steps, "dpo"), CPU)
+    assert cuda_steps.check_step(step) == ["document_attention", "flash_attention_for_cpu"]
+    step.model.backend = replace(kernels.CPU, can_attend_by_document=lambda *_: False)
     assert cuda_steps.check_step(step) == ["flash_attention_for_cpu"]
     with sdpa_kernel(SDPBackend.MATH), pytest.raises(SystemExit, match="its unfused form"):
         cuda_steps.check_step(step)

@@ -1,11 +1,19 @@
 """Attention document by document: SDPA's values and gradients, at any number of heads."""
 
+from itertools import chain
+
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from kernels.attention import TILE, backward_in_tiles, document_attention, gather_documents
+from kernels.document_attention import (
+    AT_ONCE,
+    TILE,
+    arrange,
+    backward_in_tiles,
+    document_attention,
+)
 from models import build_attention_mask
 
 HEAD_DIM = 8
@@ -22,8 +30,20 @@ def tensors(heads: int, kv_heads: int, lengths: list[int], dtype=torch.float64) 
     return [*(x.requires_grad_() for x in (q, k, v)), grad, bounds]
 
 
-def attend(q, k, v, bounds) -> torch.Tensor:
-    return document_attention(q, k, v, bounds)[0]
+def attend(q, k, v, *documents) -> torch.Tensor:
+    return document_attention(q, k, v, *documents)[0]
+
+
+def gradients_in_tiles(grad, q, k, v, bounds) -> list[torch.Tensor]:
+    """As in 16 bits."""
+    of_q, of_k, of_v = gradients = [torch.zeros_like(x) for x in (q, k, v)]
+    for group in arrange(tuple(bounds.tolist()), k.shape[1], exact=False):
+        inputs = [group.take_gradient(grad), *map(group.take, (q, k, v))]
+        from_q, from_k, from_v = backward_in_tiles(*inputs, group.length)
+        group.put(from_q, of_q)
+        group.add(from_k, of_k)
+        group.add(from_v, of_v)
+    return gradients
 
 
 def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
@@ -43,7 +63,7 @@ def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
         [1],
         [TILE],
         [TILE + 1, 1, 1],
-        [3, 1, TILE // 2 - 4, 5, 2 * TILE + 7, 9],  # short ones share a tile, up to its half
+        [3, 1, TILE // 2 - 4, 5, 2 * TILE + 7, 9],
         [TILE - 1, TILE // 2, 1],
         [0, 5, 0, 4],  # no tokens: no document
         [7, 7, 7, 0, 2, 7, 7],  # a kernel takes those of one length at once
@@ -56,20 +76,47 @@ def test_values_and_gradients_are_those_of_one_mask_over_all_tokens(heads, kv_he
         output = function(q, k, v, bounds)
         results.append([output, *torch.autograd.grad(output, (q, k, v), grad)])
     with torch.no_grad():
-        in_tiles = [results[0][0], *backward_in_tiles(grad, q, k, v, bounds.tolist())]
+        in_tiles = [results[0][0], *gradients_in_tiles(grad, q, k, v, bounds)]
     torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(in_tiles, results[1], atol=1e-12, rtol=1e-12)
 
 
-def test_only_whole_short_documents_share_a_span():
-    half = TILE // 2
-    bounds = [0, 10, half, half + 1, half + 1 + 2 * TILE, 3 * TILE]
-    assert [(span.start, span.end, span.documents) for span in gather_documents(bounds)] == [
-        (0, half, [0, 10]),
-        (half, half + 1, [half]),
-        (half + 1, half + 1 + 2 * TILE, [half + 1]),
-        (half + 1 + 2 * TILE, 3 * TILE, [half + 1 + 2 * TILE]),
-    ]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_documents_that_share_tokens_equal_copies_of_these(dtype):
+    q, k, v, grad, _ = tensors(4, 2, [12], dtype)
+    # [question][chosen][rejected] of 3, 4 and 2 tokens; a pair of 1, 1 and 1 between padding.
+    documents = [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 7, 8], [9, 10], [9, 11]]
+    unfold, fold = torch.tensor([*chain(*documents)]), torch.zeros(12, dtype=torch.long)
+    fold[unfold] = torch.arange(len(unfold))
+    bounds = torch.tensor([0, *map(len, documents)]).cumsum(0).to(torch.int32)
+    copies = attend_by_mask(*(x.index_select(0, unfold) for x in (q, k, v)), bounds)
+    results = [attend(q, k, v, bounds, unfold, fold), copies.index_select(0, fold)]
+    results = [[x, *torch.autograd.grad(x, (q, k, v), grad)] for x in results]
+    tolerance = 1e-12 if dtype == torch.float64 else 4e-2
+    torch.testing.assert_close(*results, atol=tolerance, rtol=tolerance)
+
+
+def test_documents_of_about_one_length_are_taken_at_once_in_few_shapes():
+    lengths = [20, 40, 31, 64, 33, 300, 5, 310, 10**4]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
+
+    def shapes(kv_heads: int, exact: bool) -> list[tuple[int, int]]:
+        groups = arrange(tuple(bounds), kv_heads, exact)
+        assert sum(len(bounds_of(group)) for group in groups) == len(lengths)
+        return [(len(bounds_of(group)), group.length) for group in groups]
+
+    def bounds_of(group) -> list[int]:
+        is_slice = isinstance(group.tokens, slice)
+        tokens = range(bounds[-1])[group.tokens] if is_slice else group.tokens.tolist()
+        return list(tokens)[:: group.length]
+
+    two_of_320 = [(2, 320)] if AT_ONCE >= 640 else [(1, 320)] * 2
+    rounded = [(2, 32), (1, 32), (2, 64), (1, 64), *two_of_320, (1, 10048)]
+    assert shapes(1, exact=False) == rounded
+    assert shapes(AT_ONCE, exact=False) == [
+        *[(1, 32)] * 3, *[(1, 64)] * 3, *[(1, 320)] * 2, (1, 10048)
+    ]  # fmt: skip
+    assert shapes(1, exact=True) == [(1, length) for length in lengths]
 
 
 def errors(function, q, k, v, grad, bounds) -> list[float]:
@@ -90,8 +137,13 @@ def test_sixteen_bits_are_nearly_as_close_to_the_truth_as_in_sdpa(dtype):
 
 
 def test_gradients_of_keys_and_values_in_sixteen_bits_are_added_up_in_more():
-    *_, of_keys, of_values = errors(attend, *tensors(1, 1, [16 * TILE], torch.bfloat16))
-    assert max(of_keys, of_values) < 6.5e-3  # bf16 keeps 8 bits; each of 16 sums would round
+    *inputs, grad, bounds = tensors(1, 1, [16 * TILE], torch.bfloat16)
+    truth = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(attend_by_mask(*truth, bounds), truth, grad.double())
+    with torch.no_grad():
+        gradients = gradients_in_tiles(grad, *inputs, bounds)
+    for x, y in [*zip(gradients, expected, strict=True)][1:]:
+        assert (x - y).norm() / y.norm() < 6.5e-3  # bf16 keeps 8 bits; each of 16 sums would round
 
 
 def test_scores_of_thousands_do_not_overflow():
@@ -105,6 +157,10 @@ def test_it_is_an_operator_as_torch_wants_one():
     # Its schema, fake tensors, autograd registration and torch.compile, by torch's own checks.
     q, k, v, _, bounds = tensors(4, 2, [5, 9])
     torch.library.opcheck(document_attention, (q, k, v, bounds))
+    unfold, fold = torch.tensor([0, 1, 2, 3, 4, *range(3), *range(5, 14)]), torch.arange(14)
+    fold[5:] += 3
+    shared = torch.tensor([0, 5, 17], dtype=torch.int32)
+    torch.library.opcheck(document_attention, (q, k, v, shared, unfold, fold))
 
 
 def test_a_compiled_caller_is_one_graph_whatever_the_documents():

@@ -1,0 +1,286 @@
+"""Attention document by document on a CPU: two torch custom operators, each one call to
+torch.compile and checkpointing. A GPU has the varlen flash kernel for it (kernels/attention.py).
+
+Documents of about one length are taken at once: a call costs more than the work of a short one.
+SDPA's flash kernel computes forward, and backward except where that is slow: in 16 bits and up to
+2,048 tokens. There ours works in tiles of queries. The scores of a tile stay in the cache, and all
+but the softmax is batched matrix products, which run at the full speed of the processor. Nothing
+beyond the tile on the diagonal is computed. Backward computes the probabilities again instead of
+keeping them (FlashAttention, arXiv 2205.14135). The scores are rounded before the softmax: an error
+as large as the rounding of q and k.
+"""
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+
+from kernels.autograd import at_least_fp32
+
+TILE = 256  # queries
+TILED_UP_TO = 2048  # tokens of a document, in 16 bits
+AT_ONCE = 4096  # keys of a group of short documents: tokens * kv_heads
+
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+# --- documents that are computed at once ----------------------------------------------------------
+
+
+class Group(NamedTuple):
+    """Documents that are filled up to one length, each by its last token again and again.
+
+    tokens: (documents * length,), where each is in the rows; a slice where nothing is filled up.
+    own, repeated: which of them are there for the first and for a second time; None: all and none.
+    """
+
+    length: int
+    tokens: torch.Tensor | slice
+    own: torch.Tensor | None
+    repeated: torch.Tensor | None
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens of the rows, …) -> (documents * length, …)."""
+        is_slice = isinstance(self.tokens, slice)
+        return x[self.tokens] if is_slice else x.index_select(0, self.tokens)
+
+    def take_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """take() for the output's gradient: 0 at a token that is there a second time."""
+        x = self.take(x)
+        return x if self.repeated is None else x.index_fill_(0, self.repeated, 0)
+
+    def put(self, x: torch.Tensor, output: torch.Tensor):
+        """The opposite of take, for what queries give: written into output."""
+        if isinstance(self.tokens, slice):
+            output[self.tokens] = x
+        else:
+            output.index_copy_(0, self.tokens[self.own], x.index_select(0, self.own))
+
+    def add(self, x: torch.Tensor, output: torch.Tensor):
+        """The same for what keys give: added to output, because documents may share tokens."""
+        if isinstance(self.tokens, slice):
+            output[self.tokens] += x
+        else:
+            output.index_add_(0, self.tokens, x.contiguous())  # 20 times as fast
+
+
+def round_up(length: int) -> int:
+    """oneDNN compiles a product for each new shape: there must be few."""
+    step = 32 if length <= TILE else 64
+    return -(-length // step) * step
+
+
+@lru_cache(maxsize=16)
+def arrange(bounds: tuple[int, ...], kv_heads: int, exact: bool) -> list[Group]:
+    """Documents of one length, exact or rounded up, in groups of 1, 2, 4, … documents."""
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, end in pairwise(bounds):
+        length = end - start if exact else round_up(end - start)
+        by_length.setdefault(length, []).append((start, end))
+    by_length.pop(0, None)
+    groups = []
+    for length, documents in by_length.items():
+        while documents:
+            most = min(len(documents), max(1, AT_ONCE // (length * kv_heads)))
+            count = 2 ** (most.bit_length() - 1)
+            groups.append(make_group(documents[:count], length))
+            documents = documents[count:]
+    return groups
+
+
+def make_group(documents: list[tuple[int, int]], length: int) -> Group:
+    """documents: (start, end) of each, in order."""
+    first, last = documents[0][0], documents[-1][1]
+    if last - first == length * len(documents):
+        return Group(length, slice(first, last), None, None)
+    starts, ends = torch.tensor(documents).T.unsqueeze(2)  # (documents, 1) each
+    tokens = starts + torch.arange(length)  # (documents, length)
+    own = (tokens < ends).flatten()
+    return Group(length, tokens.minimum(ends - 1).flatten(), *places_of(own))
+
+
+def places_of(own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a bool tensor is True, and where it is False."""
+    return own.nonzero().squeeze(1), (~own).nonzero().squeeze(1)
+
+
+def share(group: Group, unfold_index: torch.Tensor, is_first: torch.Tensor) -> Group:
+    """A group of unfolded documents as one of documents that share tokens. is_first bool (unfolded
+    tokens,): not a second copy.
+    """
+    length, tokens, own, _ = group
+    if isinstance(tokens, slice):
+        tokens = torch.arange(tokens.start, tokens.stop)
+    is_own = is_first[tokens]
+    if own is not None:
+        is_own &= torch.zeros_like(is_own).index_fill_(0, own, True)
+    return Group(length, unfold_index[tokens], *places_of(is_own))
+
+
+def groups_of(
+    k: torch.Tensor,
+    bounds: torch.Tensor,
+    unfold_index: torch.Tensor | None,
+    fold_index: torch.Tensor | None,
+) -> list[Group]:
+    """Groups of the documents. With the indices of SharedDocuments they share tokens."""
+    groups = arrange(tuple(bounds.tolist()), k.shape[1], k.dtype.itemsize > 2)
+    if unfold_index is None or fold_index is None:
+        return groups
+    is_first = fold_index[unfold_index] == torch.arange(len(unfold_index))
+    return [share(group, unfold_index, is_first) for group in groups]
+
+
+# --- backward in tiles of queries -----------------------------------------------------------------
+
+
+def query_tiles(length: int, group: int, like: torch.Tensor):
+    """Yields (places of the queries in by_kv_head's q, keys, mask (places, keys)).
+
+    The mask is -inf where a key comes after its query.
+    """
+    size = TILE if group == 1 else TILE // 2
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        mask = like.new_zeros(end - start, end)
+        mask[:, start:].fill_(float("-inf")).triu_(1)
+        mask = mask.repeat_interleave(group, dim=0)
+        yield slice(start * group, end * group), slice(0, end), mask
+
+
+def probabilities(q, k, mask) -> torch.Tensor:
+    """softmax(q k^T / sqrt(head_dim) + mask): q (batch, places, head_dim), k (batch, keys,
+    head_dim), mask (places, keys) -> (batch, places, keys).
+    """
+    return torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
+
+
+def by_kv_head(x: torch.Tensor, length: int, kv_heads: int) -> torch.Tensor:
+    """(documents * length, heads, head_dim) -> (documents * kv_heads, length * group, head_dim).
+
+    The heads that share a key become places in one matrix product.
+    """
+    pattern = "(n s) (kv group) d -> (n kv) (s group) d"
+    return rearrange(x, pattern, s=length, kv=kv_heads).contiguous()
+
+
+def by_token(x: torch.Tensor, length: int, kv_heads: int) -> torch.Tensor:
+    """The opposite of by_kv_head."""
+    return rearrange(x, "(n kv) (s group) d -> (n s) (kv group) d", s=length, kv=kv_heads)
+
+
+def backward_in_tiles(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v of documents of one length: q and grad, the output's, (documents *
+    length, heads, head_dim), k and v (documents * length, kv_heads, head_dim).
+    """
+    kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
+    queries, keys, values, grads = (by_kv_head(x, length, kv_heads) for x in (q, k, v, grad))
+    grad_queries = torch.empty_like(queries)
+    # A key's gradient is a sum over tiles. In 16 bits each addition would round it.
+    sums = torch.promote_types(k.dtype, torch.float32)
+    grad_keys, grad_values = torch.zeros(2, *keys.shape, dtype=sums)
+    for places, seen, mask in query_tiles(length, q.shape[1] // kv_heads, q):
+        query, key = queries[:, places].contiguous(), keys[:, seen].contiguous()
+        value, grad_output = values[:, seen].contiguous(), grads[:, places].contiguous()
+        probs = probabilities(query, key, mask)
+        grad_values[:, seen] += probs.mT @ grad_output
+        grad_probs = grad_output @ value.mT
+        grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
+        grad_keys[:, seen] += grad_scores.mT @ query
+        grad_queries[:, places] = grad_scores @ key
+    gradients = grad_queries.mul_(scale), grad_keys.mul_(scale).to(k.dtype), grad_values.to(k.dtype)
+    of_q, of_k, of_v = (by_token(x, length, kv_heads) for x in gradients)
+    return of_q, of_k, of_v
+
+
+# --- the operators --------------------------------------------------------------------------------
+
+
+def by_document(x: torch.Tensor, length: int) -> torch.Tensor:
+    """(documents * length, heads, …) -> (documents, heads, length, …), a view."""
+    return rearrange(x, "(n s) h ... -> n h s ...", s=length)
+
+
+def is_tiled(dtype: torch.dtype, length: int) -> bool:
+    return dtype.itemsize == 2 and length < TILED_UP_TO
+
+
+@torch.library.custom_op("llm::document_attention", mutates_args=())
+def document_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: torch.Tensor,
+    unfold_index: torch.Tensor | None = None,
+    fold_index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention within each document; and for backward the log of its softmax's divisors.
+
+    q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), of one dtype; bounds int32
+    (documents + 1,), where each document starts, and the end, and the indices of documents that
+    share tokens: as in SharedDocuments. Returns q's shape, and at least fp32 (tokens, heads).
+    """
+    output, log_sums = torch.zeros_like(q), at_least_fp32(q.new_zeros(q.shape[:2]))
+    for group in groups_of(k, bounds, unfold_index, fold_index):
+        inputs = (by_document(group.take(x), group.length) for x in (q, k, v))
+        attended, log_sum = flash(*inputs, 0.0, True)
+        group.put(rearrange(attended, "n h s d -> (n s) h d"), output)
+        group.put(rearrange(log_sum, "n h s -> (n s) h"), log_sums)
+    return output, log_sums
+
+
+@torch.library.custom_op("llm::document_attention_backward", mutates_args=())
+def document_attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    output: torch.Tensor,
+    log_sums: torch.Tensor,
+    bounds: torch.Tensor,
+    unfold_index: torch.Tensor | None,
+    fold_index: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
+    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
+    for group in groups_of(k, bounds, unfold_index, fold_index):
+        length, tensors = group.length, [group.take_gradient(grad), *map(group.take, (q, k, v))]
+        if is_tiled(q.dtype, length):
+            of_q, of_k, of_v = backward_in_tiles(*tensors, length)
+        else:
+            tensors += [group.take(output), group.take(log_sums)]
+            inputs = (by_document(x.contiguous(), length) for x in tensors)
+            gradients = flash_backward(*inputs, 0.0, True)
+            of_q, of_k, of_v = (rearrange(x, "n h s d -> (n s) h d") for x in gradients)
+        group.put(of_q, grad_q)
+        group.add(of_k, grad_k)
+        group.add(of_v, grad_v)
+    return grad_q, grad_k, grad_v
+
+
+@document_attention.register_fake
+def _(q, k, v, bounds, unfold_index=None, fold_index=None):
+    return torch.empty_like(q), at_least_fp32(q.new_empty(q.shape[:2]))
+
+
+@document_attention_backward.register_fake
+def _(grad, q, k, v, output, log_sums, bounds, unfold_index, fold_index):
+    return tuple(torch.empty_like(x) for x in (q, k, v))
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, *documents = inputs
+    ctx.save_for_backward(q, k, v, *output, *documents)
+    ctx.set_materialize_grads(False)  # log_sums has none
+
+
+def _backward(ctx, grad, _):
+    return *document_attention_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+document_attention.register_autograd(_backward, setup_context=_keep)
