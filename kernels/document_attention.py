@@ -12,7 +12,7 @@ as large as the rounding of q and k.
 
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -38,9 +38,9 @@ class Group(NamedTuple):
     """
 
     length: int
-    tokens: torch.Tensor | slice
-    own: torch.Tensor | None
-    repeated: torch.Tensor | None
+    tokens: Any
+    own: Any = None
+    repeated: Any = None
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens of the rows, …) -> (documents * length, …)."""
@@ -95,7 +95,7 @@ def make_group(documents: list[tuple[int, int]], length: int) -> Group:
     """documents: (start, end) of each, in order."""
     first, last = documents[0][0], documents[-1][1]
     if last - first == length * len(documents):
-        return Group(length, slice(first, last), None, None)
+        return Group(length, slice(first, last))
     starts, ends = torch.tensor(documents).T.unsqueeze(2)  # (documents, 1) each
     tokens = starts + torch.arange(length)  # (documents, length)
     own = (tokens < ends).flatten()
@@ -173,7 +173,7 @@ def by_token(x: torch.Tensor, length: int, kv_heads: int) -> torch.Tensor:
 
 
 def backward_in_tiles(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, length: int
+    length: int, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v of documents of one length: q and grad, the output's, (documents *
     length, heads, head_dim), k and v (documents * length, kv_heads, head_dim).
@@ -249,12 +249,12 @@ def document_attention_backward(
     """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
     for group in groups_of(k, bounds, unfold_index, fold_index):
-        length, tensors = group.length, [group.take_gradient(grad), *map(group.take, (q, k, v))]
-        if is_tiled(q.dtype, length):
-            of_q, of_k, of_v = backward_in_tiles(*tensors, length)
+        tensors = [group.take_gradient(grad), *map(group.take, (q, k, v))]
+        if is_tiled(q.dtype, group.length):
+            of_q, of_k, of_v = backward_in_tiles(group.length, *tensors)
         else:
             tensors += [group.take(output), group.take(log_sums)]
-            inputs = (by_document(x.contiguous(), length) for x in tensors)
+            inputs = (by_document(x.contiguous(), group.length) for x in tensors)
             gradients = flash_backward(*inputs, 0.0, True)
             of_q, of_k, of_v = (rearrange(x, "n h s d -> (n s) h d") for x in gradients)
         group.put(of_q, grad_q)

@@ -39,7 +39,7 @@ def gradients_in_tiles(grad, q, k, v, bounds) -> list[torch.Tensor]:
     of_q, of_k, of_v = gradients = [torch.zeros_like(x) for x in (q, k, v)]
     for group in arrange(tuple(bounds.tolist()), k.shape[1], exact=False):
         inputs = [group.take_gradient(grad), *map(group.take, (q, k, v))]
-        from_q, from_k, from_v = backward_in_tiles(*inputs, group.length)
+        from_q, from_k, from_v = backward_in_tiles(group.length, *inputs)
         group.put(from_q, of_q)
         group.add(from_k, of_k)
         group.add(from_v, of_v)
