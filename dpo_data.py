@@ -216,13 +216,9 @@ class PairCollator:
         parts = [[np.asarray(p[f"{n}_ids"], np.int64) for n in PARTS] for p in pairs]
         lengths = [sum(map(len, part)) for part in parts]
         rows, width = rows_of_least_padding(lengths, self.multiple)
-        fills = {
-            "input_ids": self.pad_token_id,
-            "position_ids": 0,
-            "pair_ids": -1,
-            "branch_ids": -1,
-        }
-        batch = {name: np.full(len(rows) * width, fill) for name, fill in fills.items()}
+        fills = {"input_ids": self.pad_token_id, "position_ids": 0, "pair_ids": -1}
+        fills["branch_ids"] = -1
+        flat = {name: np.full(len(rows) * width, fill) for name, fill in fills.items()}
         predictors, targets, sequences, documents = [], [], [], []
         for row, members in enumerate(rows):
             start = row * width
@@ -230,20 +226,20 @@ class PairCollator:
                 for branch, ids in enumerate(parts[pair]):
                     places = np.arange(start, start + len(ids))  # in the flattened rows
                     start += len(ids)
-                    batch["input_ids"][places] = ids
-                    batch["pair_ids"][places] = pair
-                    batch["branch_ids"][places] = branch
+                    flat["input_ids"][places] = ids
+                    flat["pair_ids"][places] = pair
+                    flat["branch_ids"][places] = branch
                     if not branch:
                         question = places
                         continue
                     document = np.concatenate([question, places])
-                    batch["position_ids"][document] = np.arange(len(document))
+                    flat["position_ids"][document] = np.arange(len(document))
                     documents.append(document)
                     # The question's last token predicts both answers' first.
                     predictors.append(document[len(question) - 1 : -1])
                     targets.append(ids)
                     sequences.append(np.full(len(ids), 2 * pair + branch - 1))
-        batch = {name: values.reshape(-1, width) for name, values in batch.items()}
+        batch: dict[str, np.ndarray] = {n: x.reshape(-1, width) for n, x in flat.items()}
         empty = np.zeros(0, dtype=np.int64)
         batch["predictor_index"] = np.concatenate([empty, *predictors])
         batch["target_ids"] = np.concatenate([empty, *targets])
