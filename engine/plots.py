@@ -106,6 +106,7 @@ def draw(panel, runs: Sequence[list[dict]], names: list[str], axis: str = "step"
                 label = label and f"{name} (smoothed)"
                 panel.plot(*thin(x, smooth(x, values)), style, color=color, label=label)
                 panel.plot(*thin(x, values), alpha=0.25, color=color, linewidth=0.8)
+    panel.locator_params(nbins=5)  # half of the time of a picture goes into ticks
     panel.set_xlabel(axis)
     panel.grid(alpha=0.3)
     if panel.lines:
