@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from peers import ROOT  # noqa: F401 (puts the project on the path)
 
+from engine.runtime import keep_freed_memory
 from kernels.document_attention import document_attention
 
 HEAD_DIM = 64
@@ -57,6 +58,7 @@ def measure(function, tensors, grad, bounds) -> float:
 
 
 def main():
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds

@@ -2,7 +2,7 @@
 torch.compile and checkpointing. A GPU has the varlen flash kernel for it (kernels/attention.py).
 
 Documents of about one length are taken at once: a call costs more than the work of a short one.
-SDPA's flash kernel computes forward, and backward except where that is slow: in 16 bits and up to
+SDPA's flash kernel computes forward, and backward except where that is slow: in 16 bits and below
 2,048 tokens. There ours works in tiles of queries. The scores of a tile stay in the cache, and all
 but the softmax is batched matrix products, which run at the full speed of the processor. Nothing
 beyond the tile on the diagonal is computed. Backward computes the probabilities again instead of
@@ -20,8 +20,9 @@ from einops import rearrange
 from kernels.autograd import at_least_fp32
 
 TILE = 256  # queries
-TILED_UP_TO = 2048  # tokens of a document, in 16 bits
-AT_ONCE = 4096  # keys of a group of short documents: tokens * kv_heads
+TILED_UP_TO = 1920  # tokens of a document, in 16 bits
+# Keys of a group of short documents, tokens * kv_heads: in backward the scores must fit the cache.
+AT_ONCE, AT_ONCE_IN_BACKWARD = 2**15, 2**12
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -62,9 +63,9 @@ class Group(NamedTuple):
     def add(self, x: torch.Tensor, output: torch.Tensor):
         """The same for what keys give: added to output, because documents may share tokens."""
         if isinstance(self.tokens, slice):
-            output[self.tokens] += x
-        else:
-            output.index_add_(0, self.tokens, x.contiguous())  # 20 times as fast
+            output[self.tokens] = x
+        else:  # contiguous: 20 times as fast
+            output.index_add_(0, self.tokens, x.to(output.dtype).contiguous())
 
 
 def round_up(length: int) -> int:
@@ -74,17 +75,20 @@ def round_up(length: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def arrange(bounds: tuple[int, ...], kv_heads: int, exact: bool) -> list[Group]:
-    """Documents of one length, exact or rounded up, in groups of 1, 2, 4, … documents."""
+def arrange(bounds: tuple[int, ...], tokens: int, rounded: int) -> list[Group]:
+    """Documents of one length in groups of 1, 2, 4, … documents.
+
+    tokens: the most of a group of several documents. rounded: lengths up to it are rounded up.
+    """
     by_length: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(bounds):
-        length = end - start if exact else round_up(end - start)
+        length = round_up(end - start) if end - start <= rounded else end - start
         by_length.setdefault(length, []).append((start, end))
     by_length.pop(0, None)
     groups = []
     for length, documents in by_length.items():
         while documents:
-            most = min(len(documents), max(1, AT_ONCE // (length * kv_heads)))
+            most = min(len(documents), max(1, tokens // length))
             count = 2 ** (most.bit_length() - 1)
             groups.append(make_group(documents[:count], length))
             documents = documents[count:]
@@ -121,13 +125,14 @@ def share(group: Group, unfold_index: torch.Tensor, is_first: torch.Tensor) -> G
 
 
 def groups_of(
-    k: torch.Tensor,
     bounds: torch.Tensor,
     unfold_index: torch.Tensor | None,
     fold_index: torch.Tensor | None,
+    tokens: int,
+    rounded: int,
 ) -> list[Group]:
     """Groups of the documents. With the indices of SharedDocuments they share tokens."""
-    groups = arrange(tuple(bounds.tolist()), k.shape[1], k.dtype.itemsize > 2)
+    groups = arrange(tuple(bounds.tolist()), tokens, rounded)
     if unfold_index is None or fold_index is None:
         return groups
     is_first = fold_index[unfold_index] == torch.arange(len(unfold_index))
@@ -176,7 +181,8 @@ def backward_in_tiles(
     length: int, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v of documents of one length: q and grad, the output's, (documents *
-    length, heads, head_dim), k and v (documents * length, kv_heads, head_dim).
+    length, heads, head_dim), k and v (documents * length, kv_heads, head_dim). Those of k and v are
+    at least fp32.
     """
     kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
     queries, keys, values, grads = (by_kv_head(x, length, kv_heads) for x in (q, k, v, grad))
@@ -193,7 +199,7 @@ def backward_in_tiles(
         grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
         grad_keys[:, seen] += grad_scores.mT @ query
         grad_queries[:, places] = grad_scores @ key
-    gradients = grad_queries.mul_(scale), grad_keys.mul_(scale).to(k.dtype), grad_values.to(k.dtype)
+    gradients = grad_queries.mul_(scale), grad_keys.mul_(scale), grad_values
     of_q, of_k, of_v = (by_token(x, length, kv_heads) for x in gradients)
     return of_q, of_k, of_v
 
@@ -207,7 +213,7 @@ def by_document(x: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def is_tiled(dtype: torch.dtype, length: int) -> bool:
-    return dtype.itemsize == 2 and length < TILED_UP_TO
+    return dtype.itemsize == 2 and length <= TILED_UP_TO
 
 
 @torch.library.custom_op("llm::document_attention", mutates_args=())
@@ -226,7 +232,8 @@ def document_attention(
     share tokens: as in SharedDocuments. Returns q's shape, and at least fp32 (tokens, heads).
     """
     output, log_sums = torch.zeros_like(q), at_least_fp32(q.new_zeros(q.shape[:2]))
-    for group in groups_of(k, bounds, unfold_index, fold_index):
+    rounded = TILE if q.dtype.itemsize == 2 else 0  # a longer one gains nothing
+    for group in groups_of(bounds, unfold_index, fold_index, AT_ONCE // k.shape[1], rounded):
         inputs = (by_document(group.take(x), group.length) for x in (q, k, v))
         attended, log_sum = flash(*inputs, 0.0, True)
         group.put(rearrange(attended, "n h s d -> (n s) h d"), output)
@@ -248,7 +255,9 @@ def document_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
     grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-    for group in groups_of(k, bounds, unfold_index, fold_index):
+    tokens = AT_ONCE_IN_BACKWARD // k.shape[1]
+    rounded = TILED_UP_TO if q.dtype.itemsize == 2 else 0
+    for group in groups_of(bounds, unfold_index, fold_index, tokens, rounded):
         tensors = [group.take_gradient(grad), *map(group.take, (q, k, v))]
         if is_tiled(q.dtype, group.length):
             of_q, of_k, of_v = backward_in_tiles(group.length, *tensors)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from kernels.document_attention import (
-    AT_ONCE,
+    AT_ONCE_IN_BACKWARD,
     TILE,
     arrange,
     backward_in_tiles,
@@ -37,7 +37,7 @@ def attend(q, k, v, *documents) -> torch.Tensor:
 def gradients_in_tiles(grad, q, k, v, bounds) -> list[torch.Tensor]:
     """As in 16 bits."""
     of_q, of_k, of_v = gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    for group in arrange(tuple(bounds.tolist()), k.shape[1], exact=False):
+    for group in arrange(tuple(bounds.tolist()), AT_ONCE_IN_BACKWARD // k.shape[1], 10**9):
         inputs = [group.take_gradient(grad), *map(group.take, (q, k, v))]
         from_q, from_k, from_v = backward_in_tiles(group.length, *inputs)
         group.put(from_q, of_q)
@@ -100,23 +100,23 @@ def test_documents_of_about_one_length_are_taken_at_once_in_few_shapes():
     lengths = [20, 40, 31, 64, 33, 300, 5, 310, 10**4]
     bounds = torch.tensor([0, *lengths]).cumsum(0).tolist()
 
-    def shapes(kv_heads: int, exact: bool) -> list[tuple[int, int]]:
-        groups = arrange(tuple(bounds), kv_heads, exact)
-        assert sum(len(bounds_of(group)) for group in groups) == len(lengths)
-        return [(len(bounds_of(group)), group.length) for group in groups]
+    def shapes(tokens: int, rounded: int) -> list[tuple[int, int]]:
+        groups = arrange(tuple(bounds), tokens, rounded)
+        assert sum(len(starts_of(group)) for group in groups) == len(lengths)
+        return [(len(starts_of(group)), group.length) for group in groups]
 
-    def bounds_of(group) -> list[int]:
+    def starts_of(group) -> list[int]:
         is_slice = isinstance(group.tokens, slice)
         tokens = range(bounds[-1])[group.tokens] if is_slice else group.tokens.tolist()
         return list(tokens)[:: group.length]
 
-    two_of_320 = [(2, 320)] if AT_ONCE >= 640 else [(1, 320)] * 2
-    rounded = [(2, 32), (1, 32), (2, 64), (1, 64), *two_of_320, (1, 10048)]
-    assert shapes(1, exact=False) == rounded
-    assert shapes(AT_ONCE, exact=False) == [
+    rounded = [(2, 32), (1, 32), (2, 64), (1, 64), (2, 320), (1, 10048)]
+    assert shapes(640, rounded=10**9) == rounded
+    assert shapes(640, rounded=64) == [*rounded[:4], (1, 300), (1, 310), (1, 10000)]
+    assert shapes(1, rounded=10**9) == [
         *[(1, 32)] * 3, *[(1, 64)] * 3, *[(1, 320)] * 2, (1, 10048)
     ]  # fmt: skip
-    assert shapes(1, exact=True) == [(1, length) for length in lengths]
+    assert shapes(640, rounded=0) == [(1, length) for length in lengths]
 
 
 def errors(function, q, k, v, grad, bounds) -> list[float]:
