@@ -25,7 +25,6 @@ from engine import optim
 from engine.runtime import make_runtime
 from kernels.attention import ATTENTION_KERNELS
 from kernels.autograd import compute_dtype
-from kernels.shared_documents import unfolding
 from models import CustomLLM, CustomLLMConfig
 
 LEVELS = (False, "selective", "full")  # of gradient_checkpointing
@@ -120,7 +119,6 @@ def with_scratch(function: Callable, x: torch.Tensor, in_forward: int, in_backwa
     return _TakeScratch.apply(output, scratch, in_backward)
 
 
-@unfolding
 def planned_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """kernels.CUDA's. The varlen kernel's backward has the gradient of q in fp32 beside it, padded
     by 128 tokens a document, and those of shared keys and values for every query head.
@@ -129,12 +127,15 @@ def planned_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float)
     def attend(q):
         return kernels.CUDA.attend(q, k, v, attention_mask, dropout)
 
-    if attention_mask is None or attention_mask.ndim == 4:
+    batch, heads, seq, head_dim = q.shape
+    bounds, tokens = attention_mask, batch * seq
+    if isinstance(attention_mask, kernels.SharedDocuments):
+        bounds, tokens = attention_mask.bounds, len(attention_mask.unfold_index)
+    if bounds is None or bounds.ndim == 4:
         return attend(q)
-    (batch, heads, seq, head_dim), documents = q.shape, len(attention_mask) - 1
-    size = 4 * (batch * seq + 128 * documents) * heads * head_dim
+    size = 4 * (tokens + 128 * (len(bounds) - 1)) * heads * head_dim
     if k.shape[1] != heads:
-        size += 2 * q.numel() * q.itemsize
+        size += 2 * tokens * heads * head_dim * q.itemsize
     return with_scratch(attend, q, 0, size)
 
 

@@ -18,6 +18,7 @@ A CPU takes the first, the third and the fourth document by document (document_a
 """
 
 import inspect
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from kernels.autograd import compute_dtype
 from kernels.document_attention import document_attention
-from kernels.shared_documents import SharedDocuments, unfolding
+from kernels.shared_documents import SharedDocuments, attend_unfolded
 
 # --- one call of a layer ------------------------------------------------------------------------
 
@@ -70,11 +71,13 @@ def attend_on_cpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) 
     return rearrange(attended, "(b s) h d -> b h s d", s=seq)
 
 
-@unfolding
 def attend_on_gpu(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """Shapes as attend_on_cpu."""
+    by_document = partial(attend_by_document, longest=q.shape[2])  # no document is in two rows
+    if isinstance(attention_mask, SharedDocuments):
+        return attend_unfolded(by_document, q, k, v, attention_mask)
     if attention_mask is not None and attention_mask.ndim == 1:
-        return attend_by_document(q, k, v, attention_mask)
+        return by_document(q, k, v, attention_mask)
     # Only the flash kernel lets several queries share a key. SDPA would fall to its unfused form.
     if attention_mask is not None or not has_flash_kernel(q.device, q.dtype):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -87,17 +90,18 @@ if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
     SHARE_KEYS = {}
 
 
-def attend_by_document(q, k, v, bounds: torch.Tensor) -> torch.Tensor:
-    """Shapes as attend_on_cpu; bounds int32 (documents + 1,)."""
+def attend_by_document(q, k, v, bounds: torch.Tensor, longest: int) -> torch.Tensor:
+    """Shapes as attend_on_cpu; bounds int32 (documents + 1,); longest: tokens, none has more."""
     seq, options = q.shape[2], SHARE_KEYS if q.shape[1] != k.shape[1] else {}
     q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
-    x = varlen_attn(q, k, v, bounds, bounds, seq, seq, window_size=(-1, 0), **options)
+    x = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
     return rearrange(cast(torch.Tensor, x), "(b s) h d -> b h s d", s=seq)
 
 
-@unfolding
 def reference_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float) -> torch.Tensor:
     """The twin of both: softmax(q k^T / sqrt(head_dim)) v with every score written out."""
+    if isinstance(attention_mask, SharedDocuments):
+        return attend_unfolded(partial(reference_attend, dropout=dropout), q, k, v, attention_mask)
     if attention_mask is None or attention_mask.ndim == 1:
         attention_mask = additive_mask(document_mask(attention_mask, q), q)
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))

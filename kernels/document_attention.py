@@ -43,6 +43,10 @@ class Group(NamedTuple):
     own: Any = None
     repeated: Any = None
 
+    def is_whole(self, x: torch.Tensor) -> bool:
+        """Whether its documents are all that there are in rows x."""
+        return isinstance(self.tokens, slice) and self.tokens == slice(0, len(x))
+
     def take(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens of the rows, …) -> (documents * length, …)."""
         is_slice = isinstance(self.tokens, slice)
@@ -76,20 +80,26 @@ def round_up(length: int) -> int:
 
 @lru_cache(maxsize=16)
 def arrange(bounds: tuple[int, ...], tokens: int, rounded: int) -> list[Group]:
-    """Documents of one length in groups of 1, 2, 4, … documents.
+    """Documents of one length, together.
 
-    tokens: the most of a group of several documents. rounded: lengths up to it are rounded up.
+    tokens: the most of a group of several documents. rounded: lengths up to it are rounded up, and
+    their groups have 1, 2, 4, … documents.
     """
-    by_length: dict[int, list[tuple[int, int]]] = {}
+    together: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    run = length = 0
     for start, end in pairwise(bounds):
-        length = round_up(end - start) if end - start <= rounded else end - start
-        by_length.setdefault(length, []).append((start, end))
-    by_length.pop(0, None)
+        before, length = length, end - start
+        if length <= rounded:
+            together.setdefault((round_up(length), -1), []).append((start, end))
+        else:  # only neighbours: nothing is copied then
+            run = run if length == before else start
+            together.setdefault((length, run), []).append((start, end))
     groups = []
-    for length, documents in by_length.items():
-        while documents:
-            most = min(len(documents), max(1, tokens // length))
-            count = 2 ** (most.bit_length() - 1)
+    for (length, _), documents in together.items():
+        while length and documents:
+            count = min(len(documents), max(1, tokens // length))
+            if length <= rounded:
+                count = 2 ** (count.bit_length() - 1)
             groups.append(make_group(documents[:count], length))
             documents = documents[count:]
     return groups
@@ -212,6 +222,11 @@ def by_document(x: torch.Tensor, length: int) -> torch.Tensor:
     return rearrange(x, "(n s) h ... -> n h s ...", s=length)
 
 
+def result_like(x: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+    """0 where documents may share tokens or leave some out; filling it takes time."""
+    return torch.empty_like(x) if groups and groups[0].is_whole(x) else torch.zeros_like(x)
+
+
 def is_tiled(dtype: torch.dtype, length: int) -> bool:
     return dtype.itemsize == 2 and length <= TILED_UP_TO
 
@@ -231,13 +246,18 @@ def document_attention(
     (documents + 1,), where each document starts, and the end, and the indices of documents that
     share tokens: as in SharedDocuments. Returns q's shape, and at least fp32 (tokens, heads).
     """
-    output, log_sums = torch.zeros_like(q), at_least_fp32(q.new_zeros(q.shape[:2]))
     rounded = TILE if q.dtype.itemsize == 2 else 0  # a longer one gains nothing
-    for group in groups_of(bounds, unfold_index, fold_index, AT_ONCE // k.shape[1], rounded):
+    groups = groups_of(bounds, unfold_index, fold_index, AT_ONCE // k.shape[1], rounded)
+    output, log_sums = (result_like(x, groups) for x in (q, at_least_fp32(q[..., 0])))
+    for group in groups:
         inputs = (by_document(group.take(x), group.length) for x in (q, k, v))
         attended, log_sum = flash(*inputs, 0.0, True)
-        group.put(rearrange(attended, "n h s d -> (n s) h d"), output)
-        group.put(rearrange(log_sum, "n h s -> (n s) h"), log_sums)
+        attended = rearrange(attended, "n h s d -> (n s) h d")
+        log_sum = rearrange(log_sum, "n h s -> (n s) h")
+        if group.is_whole(q):
+            return attended.contiguous(), log_sum.contiguous()
+        group.put(attended, output)
+        group.put(log_sum, log_sums)
     return output, log_sums
 
 
@@ -254,10 +274,12 @@ def document_attention_backward(
     fold_index: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; grad (tokens, heads, head_dim) is the output's."""
-    grad_q, grad_k, grad_v = (torch.zeros_like(x) for x in (q, k, v))
-    tokens = AT_ONCE_IN_BACKWARD // k.shape[1]
-    rounded = TILED_UP_TO if q.dtype.itemsize == 2 else 0
-    for group in groups_of(bounds, unfold_index, fold_index, tokens, rounded):
+    is_narrow = q.dtype.itemsize == 2
+    tokens = (AT_ONCE_IN_BACKWARD if is_narrow else AT_ONCE) // k.shape[1]
+    rounded = TILED_UP_TO if is_narrow else 0
+    groups = groups_of(bounds, unfold_index, fold_index, tokens, rounded)
+    grad_q, grad_k, grad_v = (result_like(x, groups) for x in (q, k, v))
+    for group in groups:
         tensors = [group.take_gradient(grad), *map(group.take, (q, k, v))]
         if is_tiled(q.dtype, group.length):
             of_q, of_k, of_v = backward_in_tiles(group.length, *tensors)
@@ -266,6 +288,8 @@ def document_attention_backward(
             inputs = (by_document(x.contiguous(), group.length) for x in tensors)
             gradients = flash_backward(*inputs, 0.0, True)
             of_q, of_k, of_v = (rearrange(x, "n h s d -> (n s) h d") for x in gradients)
+            if group.is_whole(q):
+                return of_q.contiguous(), of_k.contiguous(), of_v.contiguous()
         group.put(of_q, grad_q)
         group.add(of_k, grad_k)
         group.add(of_v, grad_v)

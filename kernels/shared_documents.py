@@ -7,7 +7,6 @@ question get their gradient from both documents.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -27,19 +26,14 @@ class SharedDocuments(NamedTuple):
     fold_index: torch.Tensor
 
 
-def unfolding(attend: Callable) -> Callable:
-    """attend(q, k, v, attention_mask, dropout), which takes SharedDocuments too."""
+def attend_unfolded(attend: Callable, q, k, v, documents: SharedDocuments) -> torch.Tensor:
+    """attend(q, k, v, bounds) of the unfolded documents, one row of them.
 
-    @wraps(attend)
-    def attend_any(q, k, v, attention_mask, dropout: float) -> torch.Tensor:
-        if not isinstance(attention_mask, SharedDocuments):
-            return attend(q, k, v, attention_mask, dropout)
-        bounds, unfold_index, fold_index = attention_mask
-        flat = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
-        # A GPU adds gradients of an index_select in any order: the sum of two is always the same.
-        unfolded = (rearrange(x.index_select(0, unfold_index), "n h d -> 1 h n d") for x in flat)
-        attended = rearrange(attend(*unfolded, bounds, dropout), "1 h n d -> n h d")
-        folded = attended.index_select(0, fold_index)
-        return rearrange(folded, "(b s) h d -> b h s d", s=q.shape[2])
-
-    return attend_any
+    q (batch, heads, seq, head_dim), k and v (batch, kv_heads, seq, head_dim) -> q's shape.
+    """
+    bounds, unfold_index, fold_index = documents
+    flat = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
+    # A GPU adds gradients of an index_select in any order: the sum of two is always the same.
+    unfolded = (rearrange(x.index_select(0, unfold_index), "n h d -> 1 h n d") for x in flat)
+    attended = rearrange(attend(*unfolded, bounds), "1 h n d -> n h d")
+    return rearrange(attended.index_select(0, fold_index), "(b s) h d -> b h s d", s=q.shape[2])
