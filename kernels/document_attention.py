@@ -246,7 +246,9 @@ def document_attention(
     (documents + 1,), where each document starts, and the end, and the indices of documents that
     share tokens: as in SharedDocuments. Returns q's shape, and at least fp32 (tokens, heads).
     """
-    rounded = TILE if q.dtype.itemsize == 2 else 0  # a longer one gains nothing
+    # A longer one gains nothing, if its tokens need not be gathered anyway.
+    rounded = TILE if unfold_index is None else TILED_UP_TO
+    rounded = rounded if q.dtype.itemsize == 2 else 0
     groups = groups_of(bounds, unfold_index, fold_index, AT_ONCE // k.shape[1], rounded)
     output, log_sums = (result_like(x, groups) for x in (q, at_least_fp32(q[..., 0])))
     for group in groups:
