@@ -2,8 +2,8 @@
 torch.compile and checkpointing. A GPU has the varlen flash kernel for it (kernels/attention.py).
 
 Documents of about one length are taken at once: a call costs more than the work of a short one.
-SDPA's flash kernel computes forward, and backward except where that is slow: in 16 bits and below
-2,048 tokens. There ours works in tiles of queries. The scores of a tile stay in the cache, and all
+SDPA's flash kernel computes forward, and backward except where that is slow: in 16 bits and up to
+1,920 tokens. There ours works in tiles of queries. The scores of a tile stay in the cache, and all
 but the softmax is batched matrix products, which run at the full speed of the processor. Nothing
 beyond the tile on the diagonal is computed. Backward computes the probabilities again instead of
 keeping them (FlashAttention, arXiv 2205.14135). The scores are rounded before the softmax: an error
@@ -108,7 +108,7 @@ def arrange(bounds: tuple[int, ...], tokens: int, rounded: int) -> list[Group]:
 def make_group(documents: list[tuple[int, int]], length: int) -> Group:
     """documents: (start, end) of each, in order."""
     first, last = documents[0][0], documents[-1][1]
-    if last - first == length * len(documents):
+    if last - first == sum(end - start for start, end in documents) == length * len(documents):
         return Group(length, slice(first, last))
     starts, ends = torch.tensor(documents).T.unsqueeze(2)  # (documents, 1) each
     tokens = starts + torch.arange(length)  # (documents, length)

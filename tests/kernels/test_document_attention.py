@@ -1,6 +1,6 @@
 """Attention document by document: SDPA's values and gradients, at any number of heads."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -67,6 +67,7 @@ def attend_by_mask(q, k, v, bounds) -> torch.Tensor:
         [TILE - 1, TILE // 2, 1],
         [0, 5, 0, 4],  # no tokens: no document
         [7, 7, 7, 0, 2, 7, 7],  # a kernel takes those of one length at once
+        [10, 44, 10],  # the two of 10 begin and end where two of 32 would
     ],
 )
 def test_values_and_gradients_are_those_of_one_mask_over_all_tokens(heads, kv_heads, lengths):
@@ -119,6 +120,21 @@ def test_documents_of_about_one_length_are_taken_at_once_in_few_shapes():
     assert shapes(640, rounded=0) == [(1, length) for length in lengths]
 
 
+def test_each_document_is_in_one_group_filled_up_by_its_last_token_alone():
+    generator = torch.manual_seed(0)
+    for _ in range(300):
+        lengths = torch.randint(0, 70, (12,), generator=generator)
+        bounds = [0, *lengths.cumsum(0).tolist()]
+        found = []
+        for group in arrange(tuple(bounds), 128, 10**9):
+            for tokens in torch.arange(bounds[-1])[group.tokens].split(group.length):
+                real = tokens.unique_consecutive().tolist()
+                assert tokens[len(real) :].tolist() == real[-1:] * (group.length - len(real))
+                found.append(real)
+        documents = [[*range(*ends)] for ends in pairwise(bounds) if ends[0] < ends[1]]
+        assert sorted(found) == documents
+
+
 def errors(function, q, k, v, grad, bounds) -> list[float]:
     """Of the output and of the three gradients, against fp64 and relative to their size."""
     exact = *(x.detach().double().requires_grad_() for x in (q, k, v)), bounds
@@ -128,9 +144,10 @@ def errors(function, q, k, v, grad, bounds) -> list[float]:
     return [((x - y).norm() / y.norm()).item() for x, y in zip(results, of_truth, strict=True)]
 
 
+@pytest.mark.parametrize("lengths", [[300, 70], [10, 44, 10]])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_nearly_as_close_to_the_truth_as_in_sdpa(dtype):
-    inputs = tensors(4, 2, [300, 70], dtype)
+def test_sixteen_bits_are_nearly_as_close_to_the_truth_as_in_sdpa(dtype, lengths):
+    inputs = tensors(4, 2, lengths, dtype)
     of_both = [errors(function, *inputs) for function in (attend, attend_by_mask)]
     for tiled, sdpa in zip(*of_both, strict=True):
         assert tiled < 2.5 * sdpa
