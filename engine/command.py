@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 
+from engine import imports_are_done
 from engine.extras import replace_unprintable
 from engine.settings import describe_interruption
 from engine.stop import interruptible
@@ -15,6 +16,7 @@ def as_command() -> Iterator[None]:
     """Around main(): any console can print it, and there is no traceback where a signal ends it or
     where the reader of its output (such as `head`) has seen enough.
     """
+    imports_are_done()
     replace_unprintable()
     try:
         with interruptible():

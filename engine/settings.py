@@ -9,6 +9,7 @@ import os
 import re
 import sys
 
+from engine import imports_are_done
 from engine.extras import replace_unprintable
 
 CHOICES = {
@@ -261,6 +262,7 @@ def run_from_command_line(stage_function, defaults: dict):
     """Call a stage's function with the command line's keys. An error becomes one clear line."""
     import torch  # the stage has it; `curves.py`, which reads settings too, starts without it
 
+    imports_are_done()
     replace_unprintable()
     try:
         overrides = parse_arguments(sys.argv[1:], stage_function, defaults)
