@@ -20,8 +20,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +33,7 @@ import train_llm
 from corpus.estimate import Estimate, estimate, first_megabyte, text_bytes
 from corpus.packing import PackedCollator
 from corpus.preparation import Corpus, Recipe
-from corpus.processes import count_cores
+from corpus.processes import count_cores, map_in_order
 from corpus.readers import Portion, find_files
 from corpus.sources import datasets_of, is_remote
 from dpo_data import PairCollator, PairRecipe
@@ -181,10 +183,11 @@ def speeds(stage: Stage, model, card: Card) -> tuple[float, float]:
     return low, high
 
 
-def describe_data(stage: Stage, config: dict, model, card: Card) -> list[str]:
+def describe_data(
+    data: Estimate | None, stage: Stage, config: dict, model, card: Card
+) -> list[str]:
     """The corpus: its tokens, how long it takes to prepare and to train on, what it takes of the
     disk."""
-    data = estimate_data(stage, config, model.config.vocab_size)
     if data is None:
         return [f"Data: {config['dataset']} does not lie here; tokens and hours are not known."]
     parameters = sum(p.numel() for p in model.parameters())
@@ -224,23 +227,19 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:,.1f} hours"
 
 
-def describe_memory(step: StepMemory, config: dict, card: Card) -> list[str]:
-    batch_size, level = config["batch_size"], config["gradient_checkpointing"]
-    peak = step.peak(batch_size, level)
-    names = {"param": "parameters", "grad": "gradients", "opt": "optimizer", "act": "activations"}
-    names |= {"temp": "temporary", "buffer": "buffers", "oth": "batch"}
-    parts = ", ".join(f"{names[k]} {v / 2**30:.2f}" for k, v in peak.items() if k in names and v)
+def describe_memory(peak: dict[str, int], card: Card) -> list[str]:
+    parts = ", ".join(
+        f"{kind} {size / 2**30:.2f}" for kind, size in peak.items() if kind != "total" and size
+    )
     needed = memory.on_card(peak["total"])
     verdict = "fits" if needed <= card.gib else "DOES NOT FIT"
-    lines = [
+    copy = (peak["parameters"] + peak["optimizer"]) / 2**30
+    return [
         f"Peak of tensors: {peak['total'] / 2**30:.2f} GiB ({parts})",
         f"With {CONTEXT_GIB:.0f} GiB of context and {FRAGMENTATION:.0%} fragmentation: "
         f"{needed:.2f} GiB; {verdict} {card.gib:g} GiB (estimated)",
+        f"Memory of the machine: {copy:.2f} GiB while a save is written (estimated)",
     ]
-    for name, size in memory.largest_batches(step, card.gib).items():
-        lines.append(f"Largest batch_size with gradient_checkpointing {name!r}: {size} (estimated)")
-    copy = (peak["param"] + peak["opt"]) / 2**30
-    return [*lines, f"Memory of the machine: {copy:.2f} GiB while a save is written (estimated)"]
 
 
 def measure(stage: Stage, config: dict, model_config: CustomLLMConfig) -> list[str]:
@@ -265,9 +264,22 @@ def measure(stage: Stage, config: dict, model_config: CustomLLMConfig) -> list[s
     ]
 
 
+def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
+    """What they return. One after the other where a process cannot be forked, or could not
+    differentiate: torch has threads for a GPU."""
+    can_fork = sys.platform == "linux" and not torch.cuda.is_available()
+    num_proc = min(count_cores(), len(calls)) if can_fork else 1
+    return list(map_in_order(lambda index: calls[index](), range(len(calls)), num_proc))
+
+
 def plan(stage: Stage, card: Card, arguments: list[str], measured: bool = False) -> list[str]:
     config, model_config, source = read_config(stage, arguments)
     step = count_step(stage, config, model_config)
+    data, peak, *sizes = side_by_side(
+        partial(estimate_data, stage, config, model_config.vocab_size),
+        partial(step.peak, config["batch_size"], config["gradient_checkpointing"]),
+        *(partial(memory.largest_batch, step, level, card.gib) for level in memory.LEVELS),
+    )
     batch_rows = config["batch_size"] * config["gradient_accumulation_steps"]
     tokens = batch_rows * (step.full_batch(1)["input_ids"] > 0).sum()
     total = sum(p.numel() for p in step.model.parameters())
@@ -275,10 +287,14 @@ def plan(stage: Stage, card: Card, arguments: list[str], measured: bool = False)
         f"{stage.script}, model from {source}",
         f"Parameters: {total:,}, {active_parameters(step.model):,} active per token",
         f"Tokens per step: up to {int(tokens):,}",
-        *describe_memory(step, config, card),
+        *describe_memory(peak, card),
+        *(
+            f"Largest batch_size with gradient_checkpointing {level!r}: {size} (estimated)"
+            for level, size in zip(memory.LEVELS, sizes, strict=True)
+        ),
         *describe_hours(stage, config, step.model, card),
         *(measure(stage, config, model_config) if measured else []),
-        *describe_data(stage, config, step.model, card),
+        *describe_data(data, stage, config, step.model, card),
     ]
 
 

@@ -11,6 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from engine.children import ignore_signals, process_context
 
 AHEAD = 2  # pieces of work that wait for each process, which bounds the memory
@@ -74,6 +76,7 @@ def _start(work: Callable):
     _work = work
     gc.disable()  # looking for cycles, which the work does not make, takes a tenth of the time
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
+    torch.set_num_threads(1)
     ignore_signals()  # they go to the parent too, which ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -8,13 +8,13 @@ import contextlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -25,6 +25,7 @@ from engine import optim
 from engine.runtime import make_runtime
 from kernels.attention import ATTENTION_KERNELS
 from kernels.autograd import compute_dtype
+from kernels.cross_entropy import Chunks
 from models import CustomLLM, CustomLLMConfig
 
 LEVELS = (False, "selective", "full")  # of gradient_checkpointing
@@ -51,13 +52,22 @@ def checkpoint_activations(model, level):
 
 
 class PeakBytes(TorchDispatchMode):
-    """The most bytes of tensors alive at once: MemTracker's total, faster, without categories."""
+    """The most bytes of tensors alive at once, and what they were then. As MemTracker, but faster.
 
-    def __init__(self, *alive):
+    Args:
+        alive: lists of the tensors that are there already, by the name of their kind.
+
+    kind: what the tensors that come are called.
+    """
+
+    def __init__(self, **alive: list[torch.Tensor]):
         super().__init__()
-        self.alive = self.peak = 0
-        self.known = WeakIdKeyDictionary()  # storages: a view shares its base's
-        self.count(alive)
+        self.alive, self.at_peak = Counter[str](), Counter[str]()  # bytes of each kind
+        self.total = self.peak = 0
+        self.known = WeakIdKeyDictionary()  # storage -> [its kind]; a view shares its base's
+        for self.kind, tensors in alive.items():
+            self.count(tensors)
+        self.kind = "activations"
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:  # more than half of all calls
@@ -72,13 +82,25 @@ class PeakBytes(TorchDispatchMode):
                 continue
             storage = tensor.untyped_storage()
             if storage not in self.known:
-                self.known[storage] = True
-                self.alive += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage.nbytes())
-        self.peak = max(self.peak, self.alive)
+                kind = self.known[storage] = [self.kind]
+                self._add(self.kind, storage.nbytes())
+                weakref.finalize(storage, self._forget, kind, storage.nbytes())
+        if self.total > self.peak:
+            self.peak, self.at_peak = self.total, self.alive.copy()
 
-    def forget(self, size: int):
-        self.alive -= size
+    def rename(self, tensor: torch.Tensor, kind: str):
+        """It has become something else."""
+        known, size = self.known[tensor.untyped_storage()], tensor.untyped_storage().nbytes()
+        self._add(known[0], -size)
+        known[0] = kind
+        self._add(kind, size)
+
+    def _add(self, kind: str, size: int):
+        self.alive[kind] += size
+        self.total += size
+
+    def _forget(self, kind: list[str], size: int):
+        self._add(kind[0], -size)
 
 
 class _TakeScratch(torch.autograd.Function):
@@ -152,6 +174,14 @@ def planned_run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend)
     return with_scratch(run, x, weights + wide, weights + 6 * wide)
 
 
+class PlannedChunks(Chunks):
+    """Of many chunks of one size two are enough: the second finds what all that follow it find."""
+
+    def parts(self, tokens: int, vocab_size: int) -> list[slice]:
+        parts = super().parts(tokens, vocab_size)
+        return parts[:2] + parts[2:][-1:]  # the last is the only one that can be smaller
+
+
 # A GPU's, where tensors have no contents and their device is the CPU.
 PLANNED_GPU = replace(
     kernels.CUDA,
@@ -160,6 +190,7 @@ PLANNED_GPU = replace(
         not dropout and compute_dtype(weight).itemsize < 4
     ),
     run_experts=planned_run_experts,
+    chunks=PlannedChunks(**asdict(kernels.CUDA.chunks)),
 )
 
 
@@ -196,43 +227,47 @@ class StepMemory:
     def at_rest(self) -> int:
         """Bytes of weights, gradients and the optimizers' state."""
         gradients = sum(weight.nbytes for weight in self.model.parameters())
-        return PeakBytes(*self._weights_and_states()).peak + gradients
+        return PeakBytes(**self._weights_and_states()).peak + gradients
 
     def peak(self, batch_size: int, level) -> dict[str, int]:
-        """Bytes by category, and "total", at the worst moment of a step's last micro-batch."""
-        memory = MemTracker()
-        with self._micro_batch(batch_size, level) as batch:
-            memory.track_external(self.model, *self.optimizers, *batch.values())
-            with memory, warnings.catch_warnings():
-                # The tracker's, about blocks that are computed again.
-                warnings.filterwarnings("ignore", message="Module is None")
-                self._run(batch)
-                self._step()
-        peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
-        return {str(kind).rpartition(".")[2].lower(): size for kind, size in peak.items()}
+        """Bytes by kind, and "total", at the worst moment of a step's last micro-batch."""
+        with self._micro_batch(batch_size, level) as memory:
+            memory.kind = "temporary"
+            self._step()
+        return {**memory.at_peak, "total": memory.peak}
 
     def peak_of_backward(self, batch_size: int, level) -> int:
         """Bytes at the worst moment before the optimizer's step, which no batch size changes."""
-        with self._micro_batch(batch_size, level) as batch:
-            weights, states = self._weights_and_states()
-            memory = PeakBytes(weights, [p.grad for p in weights], states, list(batch.values()))
-            with memory:
-                self._run(batch)
+        with self._micro_batch(batch_size, level) as memory:
+            pass
         return memory.peak
 
-    def _weights_and_states(self) -> tuple[list, list]:
-        states = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-        return list(self.model.parameters()), states
+    def _weights_and_states(self) -> dict[str, list]:
+        states = tree_leaves([optimizer.state_dict()["state"] for optimizer in self.optimizers])
+        parameters, buffers = list(self.model.parameters()), list(self.model.buffers())
+        return {"parameters": parameters, "optimizer": states, "buffers": buffers}
 
     @contextlib.contextmanager
-    def _micro_batch(self, batch_size: int, level):
+    def _micro_batch(self, batch_size: int, level) -> Iterator[PeakBytes]:
+        """The last of a step: inside, its backward is done and all is still counted."""
         checkpoint_activations(self.model, level)
         batch = self._batch(batch_size)
-        with self.mode or contextlib.nullcontext():  # the tracker sees nothing outside of it
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.mode or contextlib.nullcontext())  # the outer of the two
             self.model.zero_grad()
             if self.config["gradient_accumulation_steps"] > 1:
                 self._run(self._batch(1))  # the gradients are there already
-            yield batch
+            held = self._weights_and_states()
+            gradients = [weight.grad for weight in held["parameters"]]
+            memory = PeakBytes(**held, gradients=gradients, batch=list(batch.values()))
+            for weight in held["parameters"]:
+                hook = weight.register_post_accumulate_grad_hook(
+                    lambda weight: memory.rename(weight.grad, "gradients")
+                )
+                stack.callback(hook.remove)
+            with memory:
+                self._run(batch)
+                yield memory
 
     def _batch(self, batch_size: int) -> dict[str, torch.Tensor]:
         batch = self.full_batch(batch_size)

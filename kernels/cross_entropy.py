@@ -38,16 +38,16 @@ class Chunks:
         """Tokens of one chunk."""
         return max(self.least_tokens, self.logits // vocab_size)
 
+    def parts(self, tokens: int, vocab_size: int) -> list[slice]:
+        """The chunks of so many tokens, one at least. All but the last have one length."""
+        size = self.tokens(vocab_size)
+        size -= size % FULL if size > FULL else 0
+        return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
+
 
 # The logits of a chunk fit a CPU's cache, the softmax's part the cache of one core.
 CPU_CHUNKS = Chunks(logits=2**22, softmax=2**18, skip_ignored=True)
 GPU_CHUNKS = Chunks(logits=2**25)  # 128 MB of fp32
-
-
-def slices(tokens: int, size: int) -> list[slice]:
-    """Of consecutive tokens, at most size each; one at least. All but the last have one length."""
-    size -= size % FULL if size > FULL else 0
-    return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
 def loss_of_chunk(
@@ -114,7 +114,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden if needs_grad else hidden[:0])
         grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
         count = len(targets) if kept is None else len(kept)
-        for part in slices(count, chunks.tokens(len(weight))):
+        for part in chunks.parts(count, len(weight)):
             part = part if kept is None else kept[part]
             chunk = hidden[part].to(dtype)
             logits, is_target = F.linear(chunk, head), (targets[part] != IGNORE_INDEX).float()
@@ -179,14 +179,15 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, chunks: Chunks, of_chunk):
         ctx.save_for_backward(hidden, weight, targets)
         ctx.dtype, ctx.chunks, ctx.of_chunk = compute_dtype(hidden), chunks, of_chunk
-        head, losses = weight.to(ctx.dtype), []
+        head = weight.to(ctx.dtype)
         unused = torch.ones(len(targets), device=hidden.device)  # weights of a gradient
-        for part in slices(len(targets), chunks.tokens(len(weight))):
+        log_probs = torch.empty_like(unused)
+        for part in chunks.parts(len(targets), len(weight)):
             logits = F.linear(hidden[part].to(ctx.dtype), head)  # (chunk, vocab)
-            of_targets, _ = of_chunk(logits, targets[part], unused[part], False, chunks.softmax)
-            losses.append(of_targets)
+            losses, _ = of_chunk(logits, targets[part], unused[part], False, chunks.softmax)
+            log_probs[part] = -losses
             del logits, _  # before the next chunk's are made
-        return -torch.cat(losses)
+        return log_probs
 
     @staticmethod
     @once_differentiable
@@ -194,7 +195,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         head, grad_hidden = weight.to(ctx.dtype), torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for part in slices(len(targets), ctx.chunks.tokens(len(weight))):
+        for part in ctx.chunks.parts(len(targets), len(weight)):
             chunk = hidden[part].to(ctx.dtype)
             logits = F.linear(chunk, head)
             _, gradient = ctx.of_chunk(logits, targets[part], -grad[part], True, ctx.chunks.softmax)

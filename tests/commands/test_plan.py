@@ -10,11 +10,12 @@ import torch
 from recipes import write_records
 from tiny import tiny_model, write_jsonl
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 
 import kernels
 import plan
 from dpo_data import prepare_dpo_data
-from engine import cards
+from engine import cards, optim
 from engine.memory import LEVELS, PLANNED_GPU, PeakBytes, largest_batch, on_card
 from models import CustomLLMConfig
 from plan import DPO, PRETRAIN, SFT, count_step, read_config
@@ -49,7 +50,54 @@ def test_the_planned_peak_is_that_of_a_real_step_to_the_byte(stage, level, chang
     planned = count_step(*settings(stage, **changes)).peak(4, level)
     real = count_step(*settings(stage, **changes), fake=False).peak(4, level)
     assert planned == real
-    assert planned["total"] > 4 * planned["param"] / 2
+    assert planned["total"] > 4 * planned["parameters"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [PRETRAIN, DPO], ids=lambda stage: stage.script)
+def test_the_peak_is_what_torchs_own_tracker_counts(stage):
+    """Two micro-batches: gradients are there when the second begins."""
+    step = count_step(*settings(stage, gradient_accumulation_steps=2), fake=False)
+    counted = step.peak(4, False)
+    optim.step(step.model, step.optimizers, step.rt, 1.0)
+    step.model.zero_grad()
+    batch = step.full_batch(4)
+    step.forward_backward(step.model, step.full_batch(1), 1, step.rt)
+    tracker = MemTracker()
+    tracker.track_external(step.model, *step.optimizers, *batch.values())
+    with tracker:
+        step.forward_backward(step.model, batch, 1, step.rt)
+        optim.step(step.model, step.optimizers, step.rt, 1.0)
+    found = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    sizes = {str(kind).rpartition(".")[2].lower(): size for kind, size in found.items()}
+    assert counted["total"] == sizes["total"]
+    assert counted["parameters"] == sizes["param"] > 0
+    assert counted["gradients"] == sizes["grad"] > 0
+    assert counted["optimizer"] == sizes["opt"] > 0
+    assert counted["batch"] == sizes["oth"] > 0
+
+
+def test_gradients_are_counted_as_such_from_the_moment_that_they_are_whole():
+    weight = torch.ones(1000, requires_grad=True)
+    weight.register_post_accumulate_grad_hook(lambda w: memory.rename(w.grad, "gradients"))
+    with PeakBytes(parameters=[weight]) as memory:
+        (weight * weight).sum().backward()
+    assert memory.at_peak["parameters"] == 4000
+    assert memory.alive["gradients"] == 4000
+    assert memory.alive["activations"] == 0
+    assert memory.total == 8000 < memory.peak
+
+
+@pytest.mark.parametrize("stage", [PRETRAIN, DPO], ids=lambda stage: stage.script)
+def test_of_many_chunks_of_a_loss_three_are_enough(stage):
+    _, config, shape = settings(stage)
+    shape.vocab_size = 64000
+    step = count_step(stage, config, shape)
+    tokens = step.full_batch(1)["input_ids"].numel()
+    size = 10 * kernels.CUDA.chunks.tokens(64000) // tokens + 1  # ten chunks and a rest
+    few = step.peak_of_backward(size, False)
+    step.model.backend = replace(PLANNED_GPU, chunks=kernels.CUDA.chunks)
+    assert step.peak_of_backward(size, False) == few
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
@@ -61,7 +109,7 @@ def test_what_the_varlen_kernels_backward_takes_for_itself_is_counted(kv_heads):
             shapes = [(1, n, tokens, head_dim) for n in (heads, kv_heads, kv_heads)]
             q, k, v = (torch.empty(s, dtype=torch.float16, requires_grad=True) for s in shapes)
             bounds = torch.empty(documents + 1, dtype=torch.int32)
-            with PeakBytes(q, k, v) as memory:
+            with PeakBytes(inputs=[q, k, v]) as memory:
                 backend.attend(q, k, v, bounds, 0.0).sum().backward()
         return memory.peak
 
@@ -157,7 +205,8 @@ def test_the_vocabulary_is_that_of_the_tokenizer_to_come(
 
 def test_data_that_lie_elsewhere_are_not_estimated():
     config, _, _ = read_config(PRETRAIN, ["--dataset", "owner/name"])
-    [line] = plan.describe_data(PRETRAIN, config, tiny_model(), cards.CARDS[0])
+    assert plan.estimate_data(PRETRAIN, config, 640) is None
+    [line] = plan.describe_data(None, PRETRAIN, config, tiny_model(), cards.CARDS[0])
     assert "owner/name does not lie here" in line
 
 
@@ -257,23 +306,14 @@ def test_the_speed_is_in_proportion_to_the_peak_of_the_card():
     assert " on an H100 at " in planned_speeds(known["H100"])[1]
 
 
-class TwentyGib:
-    """A step with a peak of 20 GiB."""
-
-    def peak(self, batch_size, level):
-        return {"total": 20 * 2**30, "param": 2**30, "opt": 2**31}
-
-
 @pytest.mark.parametrize(
     ("gib", "verdict"), [(24.0, "fits 24 GiB"), (22.5, "DOES NOT FIT 22.5 GiB")]
 )
-def test_the_memory_is_that_of_the_card(monkeypatch, gib, verdict):
-    monkeypatch.setattr(plan.memory, "largest_batches", lambda step, size: {False: size * 10})
-    config = {"batch_size": 1, "gradient_checkpointing": False}
-    lines = plan.describe_memory(TwentyGib(), config, cards.CARDS[0]._replace(gib=gib))
+def test_the_memory_is_that_of_the_card(gib, verdict):
+    peak = {"total": 20 * 2**30, "parameters": 2**30, "optimizer": 2**31}
+    lines = plan.describe_memory(peak, cards.CARDS[0]._replace(gib=gib))
     assert f"23.00 GiB; {verdict}" in lines[1]
-    assert f"False: {gib * 10}" in lines[2]
-    assert lines[3].startswith("Memory of the machine: 3.00 GiB while a save is written")
+    assert lines[2].startswith("Memory of the machine: 3.00 GiB while a save is written")
 
 
 def test_help_tells_of_both_options(monkeypatch, capsys):
