@@ -214,6 +214,8 @@ def is_logged_in() -> bool:
     import wandb
 
     try:
+        # Or it asks the server for the user's name, only to print it: 5 s without a network.
+        wandb.setup(wandb.Settings(silent=True))
         return wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError:  # a key in a wrong form: wandb.init says what is wrong
         return True
