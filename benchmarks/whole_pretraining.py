@@ -7,7 +7,7 @@ Wall clock from the command to its end: imports, data, training, validation, sav
 train_pretrain.py runs as it is, with its recipe (AdamW 5e-4, cosine to a tenth, no warm-up, one
 document a row padded to 340; on a CPU it computes in fp32) and 8 rows a step. `Trainer` is
 transformers' with Qwen3ForCausalLM, rows padded to the longest of a step, minimind's rate. Ours is
-`train_llm.py` with `time_limit`: a share of minimind's time. All have the same text, tokenizer
+`train_llm.py`, 8 packed rows a step, with `time_limit`: a share of minimind's time. All have the same text, tokenizer
 (not timed) and architecture. Texts are of 100 to 500 characters, as minimind's published corpus
 has them, so that it cuts little away.
 
@@ -141,7 +141,7 @@ def run_ours(folder: Path, seconds: float, precision: str) -> dict:
         "n_heads": HEADS,
         "n_kv_heads": KV_HEADS,
     }
-    config |= {"d_ff": D_FF, "max_seq_len": LENGTH, "batch_size": ROWS // 2, "num_workers": 1}
+    config |= {"d_ff": D_FF, "max_seq_len": LENGTH, "batch_size": ROWS, "num_workers": 1}
     config |= {"dataset": folder / "train.jsonl", "tokenizer_path": folder / "tokenizer"}
     config |= {"mixed_precision": precision, "time_limit": f"{seconds / 60:.2f}m"}
     config |= {"num_epochs": 20, "output_dir": folder / "ours", "resume": False}
