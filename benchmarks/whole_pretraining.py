@@ -7,9 +7,9 @@ Wall clock from the command to its end: imports, data, training, validation, sav
 train_pretrain.py runs as it is, with its recipe (AdamW 5e-4, cosine to a tenth, no warm-up, one
 document a row padded to 340; on a CPU it computes in fp32) and 8 rows a step. `Trainer` is
 transformers' with Qwen3ForCausalLM, rows padded to the longest of a step, minimind's rate. Ours is
-`train_llm.py`, 8 packed rows a step, with `time_limit`: a share of minimind's time. All have the same text, tokenizer
-(not timed) and architecture. Texts are of 100 to 500 characters, as minimind's published corpus
-has them, so that it cuts little away.
+`train_llm.py`, 8 packed rows a step, with `time_limit`: a share of minimind's time. All have the
+same text, tokenizer (not timed) and architecture. Texts are of 100 to 500 characters, as minimind's
+published corpus has them, so that it cuts little away.
 
 Quality is measured on texts that nobody trained on, as bits per byte of the tokens 2 to 338 of
 each text. minimind's and Trainer's models read it behind the token that began their rows.
