@@ -152,18 +152,26 @@ def groups_of(
 # --- backward in tiles of queries -----------------------------------------------------------------
 
 
-def query_tiles(length: int, group: int, like: torch.Tensor):
-    """Yields (places of the queries in by_kv_head's q, keys, mask (places, keys)).
+@lru_cache(maxsize=16)
+def causal_mask(size: int, group: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """(size * group, keys), -inf where a key comes after its query: the queries are the last."""
+    mask = torch.zeros(size, keys, dtype=dtype)
+    mask[:, keys - size :].fill_(float("-inf")).triu_(1)
+    return mask.repeat_interleave(group, dim=0)
 
-    The mask is -inf where a key comes after its query.
+
+def query_tiles(length: int, group: int, dtype: torch.dtype):
+    """Yields (places of the queries in by_kv_head's q, keys, mask (places, keys)). The first tile
+    has all keys.
     """
     size = TILE if group == 1 else TILE // 2
-    for start in range(0, length, size):
+    # Large enough for many lengths: a tile's mask is a part of it.
+    mask = causal_mask(size, group, size + 2 ** (length - 1).bit_length(), dtype)
+    for start in reversed(range(0, length, size)):
         end = min(start + size, length)
-        mask = like.new_zeros(end - start, end)
-        mask[:, start:].fill_(float("-inf")).triu_(1)
-        mask = mask.repeat_interleave(group, dim=0)
-        yield slice(start * group, end * group), slice(0, end), mask
+        last = mask.shape[1] - size + end - start
+        part = mask[: (end - start) * group, last - end : last]
+        yield slice(start * group, end * group), slice(0, end), part
 
 
 def probabilities(q, k, mask) -> torch.Tensor:
@@ -171,6 +179,11 @@ def probabilities(q, k, mask) -> torch.Tensor:
     head_dim), mask (places, keys) -> (batch, places, keys).
     """
     return torch.baddbmm(mask, q, k.mT, alpha=q.shape[-1] ** -0.5).softmax(-1)
+
+
+def scaled_product(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale * (left @ right), batched, scaled before it is rounded."""
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
 
 
 def by_kv_head(x: torch.Tensor, length: int, kv_heads: int) -> torch.Tensor:
@@ -199,18 +212,24 @@ def backward_in_tiles(
     grad_queries = torch.empty_like(queries)
     # A key's gradient is a sum over tiles. In 16 bits each addition would round it.
     sums = torch.promote_types(k.dtype, torch.float32)
-    grad_keys, grad_values = torch.zeros(2, *keys.shape, dtype=sums)
-    for places, seen, mask in query_tiles(length, q.shape[1] // kv_heads, q):
+    grad_keys, grad_values = torch.empty(2, *keys.shape, dtype=sums)
+    for places, seen, mask in query_tiles(length, q.shape[1] // kv_heads, q.dtype):
         query, key = queries[:, places].contiguous(), keys[:, seen].contiguous()
         value, grad_output = values[:, seen].contiguous(), grads[:, places].contiguous()
         probs = probabilities(query, key, mask)
-        grad_values[:, seen] += probs.mT @ grad_output
         grad_probs = grad_output @ value.mT
         grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype)
-        grad_keys[:, seen] += grad_scores.mT @ query
-        grad_queries[:, places] = grad_scores @ key
-    gradients = grad_queries.mul_(scale), grad_keys.mul_(scale), grad_values
-    of_q, of_k, of_v = (by_token(x, length, kv_heads) for x in gradients)
+        grad_queries[:, places] = scaled_product(grad_scores, key, scale)
+        of_keys, of_values = scaled_product(grad_scores.mT, query, scale), probs.mT @ grad_output
+        if seen.stop == length:
+            grad_keys.copy_(of_keys)
+            grad_values.copy_(of_values)
+        else:
+            grad_keys[:, seen] += of_keys
+            grad_values[:, seen] += of_values
+    of_q, of_k, of_v = (
+        by_token(x, length, kv_heads) for x in (grad_queries, grad_keys, grad_values)
+    )
     return of_q, of_k, of_v
 
 
