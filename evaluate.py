@@ -24,6 +24,7 @@ from engine.finished import find_newest_final
 from engine.generation import right_padded
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import Progress
+from engine.runtime import fast_dtype
 from engine.statistics import wilson_interval
 from tokenizer import encode_plain, token_byte_lengths
 
@@ -251,7 +252,7 @@ def run(folder: str, arguments) -> tuple[dict, list[str]]:
     if arguments.shots < 0:
         raise ValueError(f"--shots {arguments.shots} must be at least 0.")
     model, tokenizer = open_model_folder(folder)
-    with fast_inference(model):
+    with fast_inference(model, fast_dtype(model.device)):
         return score(model, tokenizer, arguments)
 
 

@@ -79,10 +79,12 @@ def fast_inference(model, dtype: torch.dtype | None = None):
     The blocks' matrices are cast once and stay so. Autocast would cast them for every token.
     Embeddings, norms and routers stay in fp32.
 
-    dtype: None: the GPU's best, and fp32 on a CPU, where 16 bits may be emulated.
+    dtype: fp32: as it is; None: the GPU's best, and fp32 on a CPU, where 16 bits may be emulated,
+        and a product with one token gains nothing.
     """
     kind = model.device.type
     dtype = dtype or (fast_dtype(model.device) if kind == "cuda" else None)
+    dtype = None if dtype == torch.float32 else dtype
     for name, module in model.model.layers.named_modules():
         if dtype and isinstance(module, torch.nn.Linear) and not name.endswith("mlp.gate"):
             module.to(dtype)
