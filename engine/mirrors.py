@@ -5,6 +5,7 @@ raise anything: engine.tracker leaves out one that fails.
 """
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -66,7 +67,8 @@ class Wandb:
         for process in psutil.Process().children():
             if process.name().startswith("wandb"):
                 process.kill()
-        wandb.teardown()
+        with contextlib.suppress(SystemExit):  # with which the process that was killed has ended
+            wandb.teardown()
 
 
 class TensorBoard:
