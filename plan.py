@@ -267,7 +267,7 @@ def measure(stage: Stage, config: dict, model_config: CustomLLMConfig) -> list[s
 def side_by_side(*calls: Callable[[], Any]) -> list[Any]:
     """What they return. One after the other where a process cannot be forked, or could not
     differentiate: torch has threads for a GPU."""
-    can_fork = sys.platform == "linux" and not torch.cuda.is_available()
+    can_fork = sys.platform == "linux" and not torch.accelerator.is_available()
     num_proc = min(count_cores(), len(calls)) if can_fork else 1
     return list(map_in_order(lambda index: calls[index](), range(len(calls)), num_proc))
 

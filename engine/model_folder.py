@@ -83,10 +83,10 @@ def fast_inference(model, dtype: torch.dtype | None = None):
         and a product with one token gains nothing.
     """
     kind = model.device.type
-    dtype = dtype or (fast_dtype(model.device) if kind == "cuda" else None)
-    dtype = None if dtype == torch.float32 else dtype
+    dtype = dtype or (fast_dtype(model.device) if kind == "cuda" else torch.float32)
+    is_narrow = dtype.itemsize == 2
     for name, module in model.model.layers.named_modules():
-        if dtype and isinstance(module, torch.nn.Linear) and not name.endswith("mlp.gate"):
+        if is_narrow and isinstance(module, torch.nn.Linear) and not name.endswith("mlp.gate"):
             module.to(dtype)
-    with torch.no_grad(), torch.autocast(kind, dtype, enabled=dtype is not None):
+    with torch.no_grad(), torch.autocast(kind, dtype, enabled=is_narrow):
         yield
