@@ -1,6 +1,7 @@
 """What the data tests share: a tokenizer trained in a moment, the real corpora where they are."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import warm
 from hypothesis import settings
 
+from corpus.processes import count_cores
 from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -39,8 +41,15 @@ os.environ["PYTHONWARNINGS"] = ",".join(f"error:::{name}" for name in ["__main__
 
 
 def pytest_configure(config):
-    for name in OWN:
-        config.addinivalue_line("filterwarnings", rf"error:::{name.replace('.', chr(92) + '.')}\Z")
+    # One filter: pytest sets all of them anew around every test.
+    names = "|".join(map(re.escape, OWN))
+    config.addinivalue_line("filterwarnings", rf"error:::({names})\Z")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """-n auto: one more than cores. A test that waits for a disk or a process needs none."""
+    return count_cores() + 1
 
 
 @pytest.fixture(scope="session", autouse=True)

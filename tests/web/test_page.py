@@ -37,6 +37,7 @@ BOT = '#chat [data-testid="bot"]'
 def folder(tmp_path_factory, base_model) -> Path:
     """With checkpoints of three runs: two models know one answer by heart, the third never ends."""
     peer("gradio")
+    peer("selenium")
     folder = tmp_path_factory.mktemp("web")
     learned = {"max_steps": 100, "num_epochs": 50, "learning_rate": 0.01, "eval_every": 100}
     for name, answer in {"plain": "天地玄黄，宇宙洪荒。", "hostile": HOSTILE}.items():
