@@ -221,8 +221,8 @@ class StepMemory:
             self.model = CustomLLM(model_config).train()
             self.model.backend = PLANNED_GPU
             self.optimizers = optim.build(self.model, config, torch.bfloat16)
-            self._run(self._batch(1))  # creates the optimizers' state
-            self._step()
+            self._set_gradients()
+            self._step()  # creates the optimizers' state
 
     def at_rest(self) -> int:
         """Bytes of weights, gradients and the optimizers' state."""
@@ -256,7 +256,7 @@ class StepMemory:
             stack.enter_context(self.mode or contextlib.nullcontext())  # the outer of the two
             self.model.zero_grad()
             if self.config["gradient_accumulation_steps"] > 1:
-                self._run(self._batch(1))  # the gradients are there already
+                self._set_gradients()  # by an earlier micro-batch
             held = self._weights_and_states()
             gradients = [weight.grad for weight in held["parameters"]]
             memory = PeakBytes(**held, gradients=gradients, batch=list(batch.values()))
@@ -268,6 +268,10 @@ class StepMemory:
             with memory:
                 self._run(batch)
                 yield memory
+
+    def _set_gradients(self):
+        for weight in self.model.parameters():
+            weight.grad = torch.zeros_like(weight)
 
     def _batch(self, batch_size: int) -> dict[str, torch.Tensor]:
         batch = self.full_batch(batch_size)
