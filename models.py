@@ -152,7 +152,8 @@ class MoE(nn.Module):
         """
         tokens = rearrange(x, "b s d -> (b s) d")
         with torch.autocast(x.device.type, enabled=False):  # a rounded router picks other experts
-            probs = F.linear(tokens.float(), self.gate.weight.float()).softmax(-1)
+            weight = self.gate.weight.float()
+            probs = kernels.recompute(lambda x: F.linear(x.float(), weight).softmax(-1), tokens)
             top_probs, top_experts = probs.topk(self.top_k, dim=-1)  # (tokens, top_k)
             top_probs = top_probs / top_probs.sum(-1, keepdim=True)
             all_experts = torch.arange(self.num_experts, device=x.device)
@@ -162,9 +163,7 @@ class MoE(nn.Module):
         # Sort the (token, slot) pairs by expert: each expert gets its rows one after the other.
         order = top_experts.flatten().argsort(stable=True)  # (tokens * top_k,)
         counts = chosen.sum((0, 1))  # (experts,)
-        outputs = backend.run_experts(tokens[order // self.top_k], counts, self.experts, backend)
-        outputs = torch.empty_like(outputs).index_copy(0, order, outputs)  # back in token order
-        outputs = rearrange(outputs, "(n k) d -> n k d", k=self.top_k)
+        outputs = backend.run_experts(tokens, order, counts, self.experts, backend)  # (…, top_k, d)
         mixed = (outputs * top_probs.to(outputs.dtype).unsqueeze(-1)).sum(1)  # (tokens, d_model)
         return mixed.view_as(x), balance, load
 

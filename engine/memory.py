@@ -161,15 +161,15 @@ def planned_attend(q, k, v, attention_mask: torch.Tensor | None, dropout: float)
     return with_scratch(attend, q, 0, size)
 
 
-def planned_run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
+def planned_run_experts(x: torch.Tensor, order, counts, experts, backend) -> torch.Tensor:
     """kernels.CUDA's. Its custom operators have copies of the weights inside, and up to six
-    tensors (rows, d_ff).
+    tensors (slots, d_ff).
     """
     item, d_ff = compute_dtype(x).itemsize, experts[0].up_proj.out_features
-    weights, wide = 3 * len(experts) * d_ff * x.shape[1] * item, len(x) * d_ff * item
+    weights, wide = 3 * len(experts) * d_ff * x.shape[1] * item, len(order) * d_ff * item
 
     def run(x):
-        return kernels.CUDA.run_experts(x, counts, experts, backend)
+        return kernels.CUDA.run_experts(x, order, counts, experts, backend)
 
     return with_scratch(run, x, weights + wide, weights + 6 * wide)
 

@@ -14,6 +14,7 @@ import torch
 
 from kernels import attention, cross_entropy, experts, norm_rope, swiglu
 from kernels.attention import additive_mask
+from kernels.autograd import recompute
 from kernels.cross_entropy import IGNORE_INDEX, Chunks, fusible_loss_of_chunk
 from kernels.shared_documents import SharedDocuments
 
@@ -27,6 +28,7 @@ __all__ = [
     "additive_mask",
     "compiled",
     "for_device",
+    "recompute",
 ]
 
 

@@ -16,6 +16,7 @@ from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from kernels.autograd import compute_dtype, is_plain
 from kernels.swiglu import swiglu_into, tiled_swiglu_backward
@@ -23,32 +24,50 @@ from kernels.swiglu import swiglu_into, tiled_swiglu_backward
 FULL = 128  # rows
 
 
-def run_experts(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
-    """Each expert's SwiGLU of its own rows, in the dtype of matrix products.
+def run_experts(
+    x: torch.Tensor, order: torch.Tensor, counts: torch.Tensor, experts, backend
+) -> torch.Tensor:
+    """The SwiGLU of each token's experts, in the dtype of matrix products.
 
     Args:
-        x: (rows, d_model), sorted by expert.
-        counts: int64 (experts,), the number of rows of each expert.
+        x: (tokens, d_model). A token has top_k slots, one for each of its experts.
+        order: int64 (tokens * top_k,), the slots sorted by expert: token * top_k + number.
+        counts: int64 (experts,), the number of slots of each expert.
         experts: modules with gate_proj, up_proj and down_proj.
         backend: what an expert is called with when it runs by itself.
 
     Returns:
-        (rows, d_model).
+        (tokens, top_k, d_model).
     """
     dtype, weights = compute_dtype(x), weights_of(experts)
     if weights is None:
-        return run_experts_one_by_one(x, counts, experts, backend)
+        return run_experts_one_by_one(x, order, counts, experts, backend)
     if not has_grouped_kernel(x.device, dtype, x.shape[-1], len(weights[0][0])):
         counts = counts.cpu()
-    return expert_swiglu(x.to(dtype), counts, *weights)[0]
+    rows = x[tokens_of(order, x)].to(dtype)
+    return by_token(expert_swiglu(rows, counts, *weights)[0], order, x)
 
 
-def run_experts_on_cpu(x: torch.Tensor, counts: torch.Tensor, experts, backend) -> torch.Tensor:
+def run_experts_on_cpu(
+    x: torch.Tensor, order: torch.Tensor, counts: torch.Tensor, experts, backend
+) -> torch.Tensor:
     """As run_experts, one expert after the other in tiles."""
     weights = weights_of(experts)
     if weights is None:
-        return run_experts_one_by_one(x, counts, experts, backend)
-    return experts_in_tiles(x.to(compute_dtype(x)), counts, *weights)[0]
+        return run_experts_one_by_one(x, order, counts, experts, backend)
+    output = experts_in_tiles(x.to(compute_dtype(x)), order, counts, *weights)[0]
+    return rearrange(output, "(n k) d -> n k d", n=len(x))
+
+
+def tokens_of(order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Whose the slots are, sorted by expert."""
+    return order // (len(order) // max(1, len(x)))
+
+
+def by_token(rows: torch.Tensor, order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rows sorted by expert -> (tokens, top_k, d_model)."""
+    slots = torch.empty_like(rows).index_copy(0, order, rows)
+    return rearrange(slots, "(n k) d -> n k d", n=len(x))
 
 
 def weights_of(experts) -> tuple[list, list, list] | None:
@@ -190,43 +209,43 @@ expert_swiglu.register_autograd(_backward, setup_context=_keep)
 @torch.library.custom_op("llm::experts_in_tiles", mutates_args=())
 def experts_in_tiles(
     x: torch.Tensor,
+    order: torch.Tensor,
     counts: torch.Tensor,
     gate: list[torch.Tensor],
     up: list[torch.Tensor],
     down: list[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(output (rows, d_model), gate(x), up(x)). Arguments as expert_swiglu's.
+    """(output (slots, d_model), gate(x), up(x)). Arguments as run_experts', in x's dtype.
 
-    gate(x) and up(x) (more rows, d_ff) stand as backward needs them: see places().
+    gate(x) and up(x) (rows, d_ff) stand as backward needs them: see places(). The tokens
+    themselves are taken again: each is there top_k times.
     """
-    padded = spread(x, counts)  # (more rows, d_model)
-    gate_x, up_x = (x.new_empty(len(padded), len(gate[0])) for _ in range(2))
-    output, taken = torch.empty_like(x), torch.empty_like(padded)
-    for (part, place), *weights in zip(places(x, counts), gate, up, down, strict=True):
-        swiglu_into(taken[place], gate_x[place], up_x[place], padded[place], *weights)
-        output[part] = taken[place][: part.stop - part.start]
+    owners, rows = tokens_of(order, x), len(order) + len(gate) * FULL
+    taken, given = x.new_zeros(rows, x.shape[1]), x.new_empty(rows, x.shape[1])
+    gate_x, up_x = (x.new_empty(rows, len(gate[0])) for _ in range(2))
+    output = x.new_empty(len(order), x.shape[1])
+    for (part, own, place), *weights in zip(places(x, counts), gate, up, down, strict=True):
+        torch.index_select(x, 0, owners[part], out=taken[own])
+        swiglu_into(given[place], gate_x[place], up_x[place], taken[place], *weights)
+        output.index_copy_(0, order[part], given[own])
     return output, gate_x, up_x
 
 
-def places(x: torch.Tensor, counts: torch.Tensor) -> list[tuple[slice, slice]]:
-    """Each expert's rows: where they are, and where they stand with rows of zeros behind them."""
+def places(x: torch.Tensor, counts: torch.Tensor) -> list[tuple[slice, slice, slice]]:
+    """Each expert's part of the order; and its rows, without and with rows of zeros behind them."""
     full = FULL if x.dtype.itemsize == 2 else 1
     ends = accumulate((-(-count // full) * full for count in counts.tolist()), initial=0)
-    return list(zip(parts(counts), (slice(*pair) for pair in pairwise(ends)), strict=True))
-
-
-def spread(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """x (rows, size) -> (more rows, size), the same number of rows for all counts."""
-    padded = x.new_zeros(len(x) + len(counts) * FULL, x.shape[1])
-    for part, place in places(x, counts):
-        padded[place.start : place.start + part.stop - part.start] = x[part]
-    return padded
+    return [
+        (part, slice(start, start + part.stop - part.start), slice(start, end))
+        for part, (start, end) in zip(parts(counts), pairwise(ends), strict=True)
+    ]
 
 
 @torch.library.custom_op("llm::experts_in_tiles_backward", mutates_args=())
 def experts_in_tiles_backward(
     grad: torch.Tensor,
     x: torch.Tensor,
+    order: torch.Tensor,
     counts: torch.Tensor,
     gate_x: torch.Tensor,
     up_x: torch.Tensor,
@@ -235,49 +254,54 @@ def experts_in_tiles_backward(
     down: list[torch.Tensor],
 ) -> list[torch.Tensor]:
     """Gradients of x, and of each expert's gate, up and down, in this order."""
-    padded, grad_padded, grad_x = spread(x, counts), spread(grad, counts), torch.empty_like(x)
+    owners, of_slots = tokens_of(order, x), torch.empty_like(grad)
+    taken, grad_taken = x.new_zeros(2, len(gate_x), x.shape[1])
     of_weights = []
-    for (part, place), *weights in zip(places(x, counts), gate, up, down, strict=True):
+    for (part, own, place), *weights in zip(places(x, counts), gate, up, down, strict=True):
+        torch.index_select(x, 0, owners[part], out=taken[own])
+        torch.index_select(grad, 0, order[part], out=grad_taken[own])
         kept = gate_x[place], up_x[place]
-        of_expert = tiled_swiglu_backward(grad_padded[place], padded[place], *weights, *kept)
-        grad_x[part] = of_expert[0][: part.stop - part.start]
+        of_expert = tiled_swiglu_backward(grad_taken[place], taken[place], *weights, *kept)
+        of_slots.index_copy_(0, order[part], of_expert[0][: part.stop - part.start])
         of_weights.append(of_expert[1:])
+    of_tokens = rearrange(of_slots, "(n k) d -> n k d", n=len(x)).sum(1)
     return [
-        grad_x,
+        of_tokens,
         *(gradient for of_kind in zip(*of_weights, strict=True) for gradient in of_kind),
     ]
 
 
 @experts_in_tiles.register_fake
-def _(x, counts, gate, up, down):
-    rows, d_ff = x.shape[0] + len(gate) * FULL, gate[0].shape[0]
-    return torch.empty_like(x), x.new_empty(rows, d_ff), x.new_empty(rows, d_ff)
+def _(x, order, counts, gate, up, down):
+    rows, d_ff = len(order) + len(gate) * FULL, gate[0].shape[0]
+    output = x.new_empty(len(order), x.shape[1])
+    return output, x.new_empty(rows, d_ff), x.new_empty(rows, d_ff)
 
 
 @experts_in_tiles_backward.register_fake
-def _(grad, x, counts, gate_x, up_x, gate, up, down):
+def _(grad, x, order, counts, gate_x, up_x, gate, up, down):
     return [torch.empty_like(tensor) for tensor in (x, *gate, *up, *down)]
 
 
 def _keep_tiles(ctx, inputs, output):
-    x, counts, gate, up, down = inputs
-    ctx.save_for_backward(x, counts, *output[1:], *gate, *up, *down)
+    x, order, counts, gate, up, down = inputs
+    ctx.save_for_backward(x, order, counts, *output[1:], *gate, *up, *down)
     ctx.set_materialize_grads(False)
 
 
 def _backward_in_tiles(ctx, grad, *_):
-    x, counts, gate_x, up_x, *weights = ctx.saved_tensors
-    kept = x, counts, gate_x, up_x
+    x, order, counts, gate_x, up_x, *weights = ctx.saved_tensors
+    kept = x, order, counts, gate_x, up_x
     of_x, *of_weights = experts_in_tiles_backward(grad, *kept, *by_kind(weights))
-    return of_x, None, *by_kind(of_weights)
+    return of_x, None, None, *by_kind(of_weights)
 
 
 experts_in_tiles.register_autograd(_backward_in_tiles, setup_context=_keep_tiles)
 
 
 @torch.compiler.disable
-def run_experts_one_by_one(x: torch.Tensor, counts, experts, backend) -> torch.Tensor:
+def run_experts_one_by_one(x: torch.Tensor, order, counts, experts, backend) -> torch.Tensor:
     """The twin of run_experts, and what runs experts with adapters: one SwiGLU call per expert."""
-    of_experts = x.split(counts.tolist())
+    of_experts = x[tokens_of(order, x)].split(counts.tolist())
     outputs = [expert(rows, backend) for expert, rows in zip(experts, of_experts, strict=True)]
-    return torch.cat(outputs)
+    return by_token(torch.cat(outputs), order, x)
