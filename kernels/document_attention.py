@@ -242,8 +242,9 @@ def by_document(x: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def result_like(x: torch.Tensor, groups: list[Group]) -> torch.Tensor:
-    """0 where documents may share tokens or leave some out; filling it takes time."""
-    return torch.empty_like(x) if groups and groups[0].is_whole(x) else torch.zeros_like(x)
+    """0 where documents may share tokens or leave some out; filling it takes time. Contiguous."""
+    is_filled = groups and groups[0].is_whole(x)
+    return x.new_empty(x.shape) if is_filled else x.new_zeros(x.shape)
 
 
 def is_tiled(dtype: torch.dtype, length: int) -> bool:
@@ -319,12 +320,12 @@ def document_attention_backward(
 
 @document_attention.register_fake
 def _(q, k, v, bounds, unfold_index=None, fold_index=None):
-    return torch.empty_like(q), at_least_fp32(q.new_empty(q.shape[:2]))
+    return q.new_empty(q.shape), at_least_fp32(q.new_empty(q.shape[:2]))
 
 
 @document_attention_backward.register_fake
 def _(grad, q, k, v, output, log_sums, bounds, unfold_index, fold_index):
-    return tuple(torch.empty_like(x) for x in (q, k, v))
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def _keep(ctx, inputs, output):

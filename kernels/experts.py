@@ -280,7 +280,7 @@ def _(x, order, counts, gate, up, down):
 
 @experts_in_tiles_backward.register_fake
 def _(grad, x, order, counts, gate_x, up_x, gate, up, down):
-    return [torch.empty_like(tensor) for tensor in (x, *gate, *up, *down)]
+    return [x.new_empty(x.shape), *(torch.empty_like(weight) for weight in (*gate, *up, *down))]
 
 
 def _keep_tiles(ctx, inputs, output):

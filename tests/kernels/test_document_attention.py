@@ -174,6 +174,12 @@ def test_it_is_an_operator_as_torch_wants_one():
     # Its schema, fake tensors, autograd registration and torch.compile, by torch's own checks.
     q, k, v, _, bounds = tensors(4, 2, [5, 9])
     torch.library.opcheck(document_attention, (q, k, v, bounds))
+    # A batch of one row: head after head in memory. Also of one document, of two of one length.
+    by_head = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    by_head = [x.requires_grad_() for x in by_head]
+    for ends in ([5, 14], [14], [7, 14]):
+        of_one_row = torch.tensor([0, *ends], dtype=torch.int32)
+        torch.library.opcheck(document_attention, (*by_head, of_one_row))
     unfold, fold = torch.tensor([0, 1, 2, 3, 4, *range(3), *range(5, 14)]), torch.arange(14)
     fold[5:] += 3
     shared = torch.tensor([0, 5, 17], dtype=torch.int32)
