@@ -93,7 +93,8 @@ if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
 def attend_by_document(q, k, v, bounds: torch.Tensor, longest: int) -> torch.Tensor:
     """Shapes as attend_on_cpu; bounds int32 (documents + 1,); longest: tokens, none has more."""
     seq, options = q.shape[2], SHARE_KEYS if q.shape[1] != k.shape[1] else {}
-    q, k, v = (rearrange(x, "b h s d -> (b s) h d") for x in (q, k, v))
+    # Of a batch of one row they would be views, head after head in memory.
+    q, k, v = (rearrange(x, "b h s d -> (b s) h d").contiguous() for x in (q, k, v))
     x = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), **options)
     return rearrange(cast(torch.Tensor, x), "(b s) h d -> b h s d", s=seq)
 

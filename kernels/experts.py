@@ -1,4 +1,4 @@
-"""The experts of one mixture layer, over tokens that are sorted by expert.
+"""The experts of one mixture layer. Each works on rows of its own: tokens, sorted by expert.
 
 All experts of a layer are one torch custom operator: torch.compile and checkpointing see one call,
 in every dtype. Which rows are whose is known to the device alone, or also to its host:
@@ -7,9 +7,10 @@ in every dtype. Which rows are whose is known to the device alone, or also to it
     on the host      one product after the other. The counts are fetched once in a layer's forward:
                      on other GPUs torch's grouped product fetches them for each of its six products
 
-A CPU takes one expert after the other, each in tiles (kernels/swiglu.py). In 16 bits rows of zeros
-fill each expert's rows up to a multiple of FULL: oneDNN compiles a product for each new shape,
-which takes longer than the product.
+A CPU takes one expert after the other, each in tiles (kernels/swiglu.py). It keeps the tokens for
+backward and not the rows, which hold each token top_k times. In 16 bits rows of zeros fill each
+expert's rows up to a multiple of FULL: oneDNN compiles a product for each new shape, which takes
+longer than the product.
 """
 
 from itertools import accumulate, pairwise
@@ -217,8 +218,7 @@ def experts_in_tiles(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(output (slots, d_model), gate(x), up(x)). Arguments as run_experts', in x's dtype.
 
-    gate(x) and up(x) (rows, d_ff) stand as backward needs them: see places(). The tokens
-    themselves are taken again: each is there top_k times.
+    gate(x) and up(x) (rows, d_ff) stand as backward needs them: see places().
     """
     owners, rows = tokens_of(order, x), len(order) + len(gate) * FULL
     taken, given = x.new_zeros(rows, x.shape[1]), x.new_empty(rows, x.shape[1])
