@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from engine.runtime import Runtime, fast_dtype
-from engine.sharding import gather
+from engine.sharding import gather, gather_stack, own_part, own_part_of_stack
 from engine.steps import StepLoader
 
 STACK = 2**25  # elements of the matrices that Muon updates together, which bounds its memory
@@ -62,8 +62,9 @@ class BatchedMuon(torch.optim.Muon):
     torch orthogonalizes one matrix after the other: a GPU waits for a thousand launches of small
     kernels. Here the matrices of one shape are a stack, and each operation is one launch. The order
     is torch's: the average of the gradients, Nesterov, Newton-Schulz, weight decay, the update.
-    Products run in product_dtype. Shards of a distributed matrix cannot be stacked: torch's step
-    takes them.
+    Products run in product_dtype. Of matrices in shards each rank averages its own rows. Then a
+    stack is gathered once, in product_dtype, and each rank orthogonalizes all of it: torch's step
+    would gather in each of fifteen products.
     """
 
     _step_supports_amp_scaling = True  # as fused AdamW: see step_together
@@ -74,8 +75,6 @@ class BatchedMuon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
-        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for stack in stacks(parameters):
@@ -85,17 +84,17 @@ class BatchedMuon(torch.optim.Muon):
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         momentum, shrink = group["momentum"], 1 - group["lr"] * group["weight_decay"]
         of_each = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
-        grads, before = torch.stack(of_each), torch.stack(averages)  # (count, height, width)
+        averages = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        weights = [own_part(parameter) for parameter in parameters]
+        grads = torch.stack([own_part(grad) for grad in of_each])  # (count, height, width)
+        before = torch.stack(averages)
         average = before.lerp(grads, 1 - momentum)
-        update = orthogonalize(
-            grads.lerp_(average, momentum).to(self.product_dtype),  # Nesterov
-            group["ns_coefficients"],
-            group["ns_steps"],
-            group["eps"],
-        )
+        nesterov = grads.lerp_(average, momentum).to(self.product_dtype)
+        how = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        update = orthogonalize(gather_stack(nesterov, parameters[0]), *how)
+        update = own_part_of_stack(update, parameters[0])
         if (found := getattr(self, "found_inf", None)) is not None:
             overflow = found > 0  # no branch: asking would make the GPU wait
             average = torch.where(overflow, before, average)
@@ -103,8 +102,8 @@ class BatchedMuon(torch.optim.Muon):
             shrink = torch.where(overflow, 1.0, shrink)
         size = 0.2 * math.sqrt(max(parameters[0].shape))  # AdamW's: "match_rms_adamw"
         torch._foreach_copy_(averages, average.unbind())
-        torch._foreach_mul_(parameters, shrink)
-        torch._foreach_add_(parameters, update.to(grads.dtype).unbind(), alpha=-group["lr"] * size)
+        torch._foreach_mul_(weights, shrink)
+        torch._foreach_add_(weights, update.to(grads.dtype).unbind(), alpha=-group["lr"] * size)
 
 
 def stacks(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -8,7 +8,7 @@ import copy
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from engine.runtime import Runtime
@@ -53,6 +53,35 @@ def _shard_state(state: dict, optimizer) -> dict:
 def gather(state):
     """A nested state with all shards put together. All ranks must call it."""
     return tree_map_only(DTensor, DTensor.full_tensor, state)
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, in the same memory; all of it, unless it is in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_stack(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """own_part of matrices laid out as `like`, (count, own height, own width) -> whole ones."""
+    if not isinstance(like, DTensor):
+        return parts
+    shape = torch.Size([len(parts), *like.shape])
+    stride = torch.empty(shape, device="meta").stride()
+    layout = {"run_check": False, "shape": shape, "stride": stride}
+    stack = DTensor.from_local(parts, like.device_mesh, stack_placements(like), **layout)
+    return stack.full_tensor()
+
+
+def own_part_of_stack(stack: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The opposite of gather_stack."""
+    if not isinstance(like, DTensor):
+        return stack
+    placements = stack_placements(like)  # no source: every rank has the whole stack
+    return distribute_tensor(stack, like.device_mesh, placements, src_data_rank=None).to_local()
+
+
+def stack_placements(like: DTensor) -> list:
+    """How a stack of matrices is laid out, each of which is laid out as `like`."""
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
 
 
 def whole_model(model):

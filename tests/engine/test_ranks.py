@@ -51,14 +51,7 @@ def run_on_two_ranks(jobs: list, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def muon_in_fp32():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-        yield
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, base_model, muon_in_fp32) -> dict[tuple, tuple[Path, Path]]:
+def runs(tmp_path_factory, base_model) -> dict[tuple, tuple[Path, Path]]:
     """Folders of every kind of run, (alone, on two ranks); the ranks' all in one launch.
 
     "handed on": begun alone, cut off, and ended by two ranks.
@@ -115,7 +108,7 @@ def test_two_ranks_train_as_one_process_does(runs, name, mode):
         torch.testing.assert_close(final[key], tensor, atol=2e-4, rtol=0)
 
 
-def test_a_sharded_run_is_ended_by_one_process(runs, tmp_path, muon_in_fp32, capsys):
+def test_a_sharded_run_is_ended_by_one_process(runs, tmp_path, capsys):
     alone, sharded = runs["muon", "shards"]
     taken = tmp_path / "checkpoints" / "pretrain" / "taken"
     shutil.copytree(sharded, taken)
