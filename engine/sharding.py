@@ -64,10 +64,14 @@ def gather_stack(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """own_part of matrices laid out as `like`, (count, own height, own width) -> whole ones."""
     if not isinstance(like, DTensor):
         return parts
-    shape = torch.Size([len(parts), *like.shape])
-    stride = torch.empty(shape, device="meta").stride()
-    layout = {"run_check": False, "shape": shape, "stride": stride}
-    stack = DTensor.from_local(parts, like.device_mesh, stack_placements(like), **layout)
+    whole = torch.empty(len(parts), *like.shape, device="meta")
+    stack = DTensor.from_local(
+        parts,
+        like.device_mesh,
+        stack_placements(like),
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
     return stack.full_tensor()
 
 
