@@ -19,14 +19,14 @@ def wait_for_the_slow_part(seconds: float):
 @pytest.mark.slow
 def test_a_step_of_many_medians_says_where_it_waits_once(tmp_path):
     said = []
-    with Watchdog(tmp_path, 0, said.append, at_least=2) as watchdog:
+    with Watchdog(tmp_path, 0, said.append, at_least=1) as watchdog:
         for _ in range(10):
             time.sleep(0.02)
             watchdog.step()
         assert said == []
-        wait_for_the_slow_part(3.5)
+        wait_for_the_slow_part(2)
         watchdog.step()
-        wait_for_the_slow_part(3.5)
+        wait_for_the_slow_part(2)
     [line] = said
     assert line.startswith("WARNING: this step has taken ")
     assert re.search(r"It waits in .*test_watchdog\.py, line \d+; the stacks", line)
@@ -37,12 +37,12 @@ def test_a_step_of_many_medians_says_where_it_waits_once(tmp_path):
 @pytest.mark.slow
 def test_a_validation_is_no_step_and_neither_is_the_first_one(tmp_path):
     said = []
-    with Watchdog(tmp_path, 1, said.append, at_least=2) as watchdog:
-        time.sleep(3)
+    with Watchdog(tmp_path, 1, said.append, at_least=1) as watchdog:
+        time.sleep(1.7)
         for _ in range(10):
             watchdog.step()
         watchdog.pause()
-        time.sleep(3)
+        time.sleep(1.7)
         watchdog.go_on()
         watchdog.step()
     assert said == []
@@ -55,7 +55,7 @@ def test_a_folder_that_cannot_be_written_is_said_and_no_error(tmp_path):
     with Watchdog(tmp_path / "gone", 1, said.append, at_least=1) as watchdog:
         for _ in range(10):
             watchdog.step()
-        time.sleep(2.5)
+        time.sleep(2)
     assert "stack_1.txt cannot be written" in said[0]
 
 
@@ -63,8 +63,8 @@ STEPS = """
 import sys, time
 from pathlib import Path
 from engine.watchdog import Watchdog
-with Watchdog(Path(sys.argv[1]), 0, print, at_least=2) as watchdog:
-    for number in range(90):
+with Watchdog(Path(sys.argv[1]), 0, print, at_least=1) as watchdog:
+    for number in range(60):
         time.sleep(0.05)
         watchdog.step()
         if number == 20:
@@ -77,7 +77,7 @@ def test_a_process_that_was_itself_stopped_was_not_silent(tmp_path):
     process = start([sys.executable, "-c", STEPS, str(tmp_path)], tmp_path)
     wait_for("here\n", tmp_path, process)
     os.kill(process.pid, signal.SIGSTOP)  # as Ctrl-Z does
-    time.sleep(4)
+    time.sleep(2.5)
     os.kill(process.pid, signal.SIGCONT)
     assert process.wait(60) == 0
     assert printed(tmp_path) == "here\n"
