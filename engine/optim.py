@@ -88,7 +88,7 @@ class BatchedMuon(torch.optim.Muon):
         of_each = [cast(torch.Tensor, parameter.grad) for parameter in parameters]
         averages = [own_part(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         weights = [own_part(parameter) for parameter in parameters]
-        grads = torch.stack([own_part(grad) for grad in of_each])  # (count, height, width)
+        grads = torch.stack([own_part(grad) for grad in of_each])  # (count, own height, width)
         before = torch.stack(averages)
         average = before.lerp(grads, 1 - momentum)
         nesterov = grads.lerp_(average, momentum).to(self.product_dtype)

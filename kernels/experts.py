@@ -62,7 +62,7 @@ def run_experts_on_cpu(
 
 def tokens_of(order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Whose the slots are, sorted by expert."""
-    return order // (len(order) // max(1, len(x)))
+    return order // (len(order) // len(x))
 
 
 def by_token(rows: torch.Tensor, order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
