@@ -107,13 +107,13 @@ class Data:
     def index(self, recipe: Recipe) -> Index:
         """The first pass, which happens once."""
         if self._index is None:
-            self._aside = ScratchFolder(self.cache_dir, "reading")
+            self._aside = ScratchFolder(self.cache_dir / "reading")
             self._index = read_index(self.corpus, recipe, self._aside.path)
         return self._index
 
     def __enter__(self):
         with cache_lock(self.cache_dir):
-            ScratchFolder.clear_left(self.cache_dir, "reading")
+            ScratchFolder.clear_left(self.cache_dir / "reading")
         return self
 
     def __exit__(self, *exception):

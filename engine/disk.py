@@ -42,30 +42,37 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def cache_lock(cache: Path) -> WaitingLock:
-    """Hold it while a folder of the cache is made: another run that needs the folder waits."""
+    """Hold it while what `cache` holds is made: another run that needs it waits."""
     cache.mkdir(parents=True, exist_ok=True)
     return WaitingLock(lock_in(cache), f"another run that prepares {cache}")
 
 
 class ScratchFolder:
-    """A folder under the cache that one command uses. clear() deletes it."""
+    """A folder that one command uses, beside those of others in `parent`. clear() deletes it.
 
-    def __init__(self, cache: Path, name: str):
-        cache.mkdir(parents=True, exist_ok=True)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
-        self.lock = lock_in(self.path)
-        self.lock.acquire()
+    The lock of `parent` is held while any of them is made or deleted: no command finds a folder
+    whose lock is not held yet, or half of one that goes.
+    """
+
+    def __init__(self, parent: Path):
+        self.among = cache_lock(parent)
+        with self.among:
+            self.path = Path(tempfile.mkdtemp(dir=parent))
+            self.lock = lock_in(self.path)
+            self.lock.acquire()
 
     def clear(self):
-        self.lock.release()
-        shutil.rmtree(self.path, ignore_errors=True)
+        with self.among:
+            self.lock.release()
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @staticmethod
-    def clear_left(cache: Path, name: str):
+    def clear_left(parent: Path):
         """Delete what killed commands left: their locks went with them."""
-        for folder in cache.glob(f"{name}-*"):
-            with contextlib.suppress(Timeout), lock_in(folder).acquire(timeout=0):
-                shutil.rmtree(folder)
+        with cache_lock(parent):
+            for folder in [path for path in parent.iterdir() if path.is_dir()]:
+                with contextlib.suppress(Timeout), lock_in(folder).acquire(timeout=0):
+                    shutil.rmtree(folder)
 
 
 def write_whole(path: Path, text: str):

@@ -1,12 +1,14 @@
 """Folders that are whole or absent, and names that change with what they stand for."""
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from filelock import Timeout
 
-from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.disk import ScratchFolder, atomic_folder, cache_lock, settings_hash
 
 
 def put(folder: Path, name: str, data: bytes) -> Path:
@@ -57,3 +59,28 @@ def test_the_lock_of_a_cache_is_held_by_one_at_a_time(tmp_path):
         cache_lock(tmp_path / "cache").acquire(timeout=0)
     with cache_lock(tmp_path / "cache") as lock:
         assert lock.is_locked
+
+
+def test_scratch_folders_are_made_and_cleared_by_several_at_once(tmp_path):
+    parent, ended = tmp_path / "scratch", threading.Event()
+
+    def use(rounds: int):
+        for _ in range(rounds):
+            scratch = ScratchFolder(parent)
+            for name in "abcdefgh":
+                put(scratch.path, name, b"1")
+            assert len(list(scratch.path.glob("?"))) == 8, "what is in use stays"
+            scratch.clear()
+            assert not scratch.path.exists()
+
+    def clear():
+        while not ended.is_set():
+            ScratchFolder.clear_left(parent)
+
+    with ThreadPoolExecutor() as pool:
+        clearing = pool.submit(clear)
+        using = [pool.submit(use, 100) for _ in range(2)]
+        errors = [future.exception() for future in using]
+        ended.set()
+        assert [*errors, clearing.exception()] == [None] * 3
+    assert not list(parent.glob("*/"))
