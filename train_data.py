@@ -35,7 +35,7 @@ from corpus.packing import (
 )
 from corpus.preparation import chosen_texts
 from engine.command import as_command
-from engine.disk import atomic_folder, cache_lock, settings_hash
+from engine.disk import atomic_folder, settings_hash
 from engine.llama_cpp import pre_name
 from engine.progress import Progress
 from tokenizer import create_tokenizer, tokenizer_identity, train_tokenizer
@@ -118,7 +118,7 @@ def cached_tokenizer(
         data.settings, recipe.text_column, vocab_size, megabytes, split, CACHE_VERSION
     )
     folder = data.cache_dir / f"tokenizer-{name}"
-    with cache_lock(data.cache_dir):
+    with data.lock:
         if not folder.exists():
             tokenizer = train_on_share(data, recipe, vocab_size, megabytes)
             with atomic_folder(folder) as temporary:

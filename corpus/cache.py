@@ -101,19 +101,21 @@ class Data:
         hashes = [content_hash(files, self.cache_dir, options.verify_data) for files in found]
         self.settings = [hashes, self.weights, limit]  # all that the records depend on
         self.size = self.corpus.stored_bytes()
+        self.lock = cache_lock(self.cache_dir)  # a thread that holds it may take it again
         self._index: Index | None = None
         self._aside: ScratchFolder | None = None
 
     def index(self, recipe: Recipe) -> Index:
         """The first pass, which happens once."""
         if self._index is None:
-            self._aside = ScratchFolder(self.cache_dir / "reading")
+            with self.lock:
+                self._aside = ScratchFolder(self.cache_dir, "reading")
             self._index = read_index(self.corpus, recipe, self._aside.path)
         return self._index
 
     def __enter__(self):
-        with cache_lock(self.cache_dir):
-            ScratchFolder.clear_left(self.cache_dir / "reading")
+        with self.lock:
+            ScratchFolder.clear_left(self.cache_dir, "reading")
         return self
 
     def __exit__(self, *exception):
@@ -144,7 +146,7 @@ def cached_splits(
     split = [options.validation_ratio, options.validation_tokens]
     name = f"{stage}-{settings_hash(data.settings, settings, split)}"
     folder = data.cache_dir / name
-    with cache_lock(data.cache_dir):
+    with data.lock:
         if not (folder / "statistics.json").exists():
             print(f"Tokenizing {data.name} …", flush=True)
             recipe = make_recipe()

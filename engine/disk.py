@@ -42,37 +42,39 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def cache_lock(cache: Path) -> WaitingLock:
-    """Hold it while what `cache` holds is made: another run that needs it waits."""
+    """Hold it while a folder of the cache is made: another run that needs the folder waits."""
     cache.mkdir(parents=True, exist_ok=True)
     return WaitingLock(lock_in(cache), f"another run that prepares {cache}")
 
 
 class ScratchFolder:
-    """A folder that one command uses, beside those of others in `parent`. clear() deletes it.
+    """A folder under the cache that one command uses. clear() deletes it.
 
-    The lock of `parent` is held while any of them is made or deleted: no command finds a folder
-    whose lock is not held yet, or half of one that goes.
+    Hold the cache's lock while one is made and while others' are cleared: between its birth and
+    its lock it looks as if its command had been killed.
     """
 
-    def __init__(self, parent: Path):
-        self.among = cache_lock(parent)
-        with self.among:
-            self.path = Path(tempfile.mkdtemp(dir=parent))
-            self.lock = lock_in(self.path)
-            self.lock.acquire()
+    def __init__(self, cache: Path, name: str):
+        cache.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+        self.lock = lock_in(self.path)
+        self.lock.acquire()
 
     def clear(self):
-        with self.among:
-            self.lock.release()
-            shutil.rmtree(self.path, ignore_errors=True)
+        self.lock.release()
+        shutil.rmtree(self.path, ignore_errors=True)
 
     @staticmethod
-    def clear_left(parent: Path):
-        """Delete what killed commands left: their locks went with them."""
-        with cache_lock(parent):
-            for folder in [path for path in parent.iterdir() if path.is_dir()]:
-                with contextlib.suppress(Timeout), lock_in(folder).acquire(timeout=0):
-                    shutil.rmtree(folder)
+    def clear_left(cache: Path, name: str):
+        """Delete what killed commands left: their locks went with them.
+
+        A command that ends just now deletes its own, too: each misses what the other deleted.
+        FileExistsError is filelock's, of a folder that went while it looked.
+        """
+        for folder in cache.glob(f"{name}-*"):
+            gone = FileNotFoundError, FileExistsError
+            with contextlib.suppress(Timeout, *gone), lock_in(folder).acquire(timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str):

@@ -203,13 +203,13 @@ def test_what_was_read_once_is_not_read_again(tmp_path):
         rewrite(folder / "b.jsonl", lambda lines: [])
         write_rows(tmp_path, data.corpus, TextRecipe(), index, choice, 100)
     assert [(tmp_path / name).read_bytes() for name in FILES[:2]] == before
-    assert not list(tmp_path.glob("reading/*/"))
+    assert not list(tmp_path.glob("reading-*"))
 
 
 def test_what_a_killed_command_laid_aside_goes_with_the_next_one(tmp_path):
     folder = text_corpus(tmp_path / "data", a=list("abc"))
-    left = tmp_path / "reading" / "killed"
-    left.mkdir(parents=True)
+    left = tmp_path / "reading-killed"
+    left.mkdir()
     (left / ".lock").touch()
     (left / "0").write_bytes(b"items")
     with Data(str(folder), Options(cache_dir=tmp_path)) as data:
@@ -217,13 +217,13 @@ def test_what_a_killed_command_laid_aside_goes_with_the_next_one(tmp_path):
         data.index(TextRecipe())
         with Data(str(folder), Options(cache_dir=tmp_path)) as other:
             other.index(TextRecipe())
-            assert len(list(tmp_path.glob("reading/*/"))) == 2, "what is in use stays"
-        assert list(tmp_path.glob("reading/*/0"))
-    assert not list(tmp_path.glob("reading/*/")), "nor does anything stay after the end"
+            assert len(list(tmp_path.glob("reading-*"))) == 2, "what is in use stays"
+        assert list(tmp_path.glob("reading-*/0"))
+    assert not list(tmp_path.glob("reading-*")), "nor does anything stay after the end"
     write_records(folder / "b.jsonl", [3])
     with pytest.raises(ValueError, match=r"b.jsonl:1"):
         prepare_data(None, str(folder), 64, 300, cache_dir=tmp_path)
-    assert not list(tmp_path.glob("reading/*/")), "nor after an error"
+    assert not list(tmp_path.glob("reading-*")), "nor after an error"
 
 
 # --- memory -------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Folders that are whole or absent, and names that change with what they stand for."""
 
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,25 +61,17 @@ def test_the_lock_of_a_cache_is_held_by_one_at_a_time(tmp_path):
 
 
 def test_scratch_folders_are_made_and_cleared_by_several_at_once(tmp_path):
-    parent, ended = tmp_path / "scratch", threading.Event()
-
     def use(rounds: int):
         for _ in range(rounds):
-            scratch = ScratchFolder(parent)
+            with cache_lock(tmp_path):
+                ScratchFolder.clear_left(tmp_path, "scratch")
+                scratch = ScratchFolder(tmp_path, "scratch")
             for name in "abcdefgh":
                 put(scratch.path, name, b"1")
             assert len(list(scratch.path.glob("?"))) == 8, "what is in use stays"
             scratch.clear()
-            assert not scratch.path.exists()
-
-    def clear():
-        while not ended.is_set():
-            ScratchFolder.clear_left(parent)
 
     with ThreadPoolExecutor() as pool:
-        clearing = pool.submit(clear)
-        using = [pool.submit(use, 100) for _ in range(2)]
-        errors = [future.exception() for future in using]
-        ended.set()
-        assert [*errors, clearing.exception()] == [None] * 3
-    assert not list(parent.glob("*/"))
+        commands = [pool.submit(use, 200) for _ in range(3)]
+    assert [command.exception() for command in commands] == [None] * 3
+    assert os.listdir(tmp_path) == [".lock"]
