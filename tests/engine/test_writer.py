@@ -222,7 +222,9 @@ def test_python_ends_in_the_middle_of_a_large_file_as_it_does_elsewhere(run_pyth
         "    time.sleep(0.5)\n"
         "    raise KeyboardInterrupt\n"
     )
-    assert done.returncode == -signal.SIGINT, done.stderr
+    # SIGINT. It is 1 where torch imports tabulate at exit: Python then forgets what ended it.
+    elsewhere = run_python("import torch\nraise KeyboardInterrupt").returncode
+    assert done.returncode == elsewhere != -signal.SIGABRT, done.stderr
     assert done.stderr.endswith("\nKeyboardInterrupt\n")
 
 
