@@ -4,7 +4,7 @@ The first pass reads and checks every record, keeps two hashes of it in memory, 
 parsed aside on the disk. From the hashes follows what is a duplicate, what is held out, and what a
 tokenizer is trained on. The second pass takes what was laid aside, encodes and packs it. Both work
 portion by portion, and a portion depends on the files alone: the rows are the same to the byte with
-any number of processes, and memory grows by 20 bytes a record, not by its text.
+any number of processes, and memory grows by 22 bytes a record, not by its text.
 """
 
 import itertools

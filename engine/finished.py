@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+# From the last stage to the first.
 SCRIPTS = {"dpo": "dpo_train.py", "sft": "sft_train.py", "pretrain": "train_llm.py"}
 
 

@@ -34,7 +34,6 @@ from engine.resuming import (
 from engine.runtime import Runtime
 from engine.stop import interruptible
 
-# From the last stage to the first, with the script that runs it.
 # Seconds in which the processes of a run that was killed have ended, and its lock is free.
 KILLED_RUN_SECONDS = 8.0
 _locks: ContextVar[list[BaseFileLock] | None] = ContextVar("locks of one_run", default=None)
