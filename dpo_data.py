@@ -283,7 +283,7 @@ def main():
     parser.add_argument("--limit", type=int, help="for --make_pairs: the largest number of prompts")
     parser.add_argument("--model", help="folder; default: the newest fine-tuned model")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
+    parser.add_argument("--max_dataset_bytes", type=float, help="bytes to read of it")
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
     arguments = parser.parse_args()
     try:

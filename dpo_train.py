@@ -48,15 +48,15 @@ wandb_config = {
     "stop_on_collapse": False,  # stop instead of warning
     # data
     "dataset": "data/dpo_sample.jsonl",  # file, folder, glob, Hub name; or {name: share}
-    "max_dataset_bytes": None,  # read so much of each dataset; None: all of it
+    "max_dataset_bytes": None,  # bytes to read of each dataset; None: all
     "validation_tokens": 1_000_000,  # held out at most, and at most 5 % of the questions
     "num_proc": None,  # processes that prepare the data; None: one for each core
     "verify_data": False,  # read every file again, though its date and size are the same
     "num_workers": 2,  # processes that collate pairs ahead
     # optimization
-    "batch_size": 8,  # pairs of one forward pass; "auto": as many of 32 as fit
+    "batch_size": 8,  # pairs of one forward pass; "auto": a step's 32 or more, in as few as fit
     "gradient_accumulation_steps": 2,  # forward passes of one optimizer step
-    "learning_rate": 1.2e-6,  # peak, for 20,000 steps
+    "learning_rate": 1.2e-6,  # x 10 beside Muon, x 4 alone: peak, for 20,000 steps
     "num_epochs": 2,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
@@ -68,7 +68,7 @@ wandb_config = {
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
     "weight_decay": 0.0,  # the policy must stay near the reference, not near zero
     "max_grad_norm": 1.0,  # 0: no clipping
-    "seed": 42,  # of the weights, the order of the data, and dropout
+    "seed": 42,  # of the order of the data, and dropout
     # speed and memory
     "mixed_precision": "fp16",  # "bf16" is as fast on a 3090 and cannot overflow; "no": fp32
     "fp16_accumulation": False,  # sums in fp16: faster on a GeForce, never measured there
@@ -116,10 +116,10 @@ def train_dpo(
         NumericalError: loss or gradients not finite; names step, rows, last good checkpoint.
     """
     # 1. Configuration, device, precision
-    config = settings.resolve(DEFAULTS, wandb_config)
+    config = settings.resolve(DEFAULTS, wandb_config, dataset=data_path)
     preference.check_loss_options(config)
-    config["dataset"] = data_path or config["dataset"]
-    config["reference_model_path"] = reference_model_path  # another one is another run
+    reference = reference_model_path and str(reference_model_path)
+    config["reference_model_path"] = reference  # another one is another run
     rt = runtime.start(config["mixed_precision"], config["seed"], config["device"])
     config["init_from"] = runs.model_before(config, "sft")
 

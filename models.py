@@ -37,9 +37,6 @@ class CustomLLMOutput(MoeCausalLMOutputWithPast):
     expert_load: torch.Tensor | None = None
 
 
-CACHE = "cache" if "cache" in CustomLLMOutput.__dataclass_fields__ else "past_key_values"
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (arXiv 1910.07467)."""
 
@@ -314,7 +311,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
                 this batch's share of num_items_in_batch. logits: (batch, seq, vocab_size).
                 aux_loss: the balancing loss, 1 when experts are equally used; None when dense.
         """
-        cache = kwargs.pop("past_key_values", cache)  # its name before transformers 5.23; see CACHE
+        cache = kwargs.pop("past_key_values", cache)  # its older name
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         hidden, aux_loss, expert_load = self.model(
@@ -330,7 +327,7 @@ class CustomLLM(PreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, -logits_to_keep:])
         return CustomLLMOutput(
             loss=loss, logits=logits, aux_loss=aux_loss, expert_load=expert_load,
-            **{CACHE: cache if use_cache else None},
+            cache=cache if use_cache else None,
         )  # fmt: skip
 
     def _loss(self, hidden, labels, position_ids, num_items_in_batch, aux_loss) -> torch.Tensor:

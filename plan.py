@@ -166,7 +166,7 @@ def record_texts(portion: Portion, text_column: str | None) -> Iterator[str]:
 
 def describe_hours(stage: Stage, config: dict, model, card: Card) -> list[str]:
     """Speed on the card. Time includes what "auto" gives to validation, samples and saves."""
-    low, high = speeds(stage, model, card)
+    low, high = speeds(stage, config, model, card)
     article = "an" if card.name[0] in "AHLR" else "a"  # as the letters are spoken
     bounds = f"{article} {card.name} at {MFU[0]:.0%} to {MFU[1]:.0%} of its dense peak (estimated)"
     return [
@@ -176,9 +176,9 @@ def describe_hours(stage: Stage, config: dict, model, card: Card) -> list[str]:
     ]
 
 
-def speeds(stage: Stage, model, card: Card) -> tuple[float, float]:
+def speeds(stage: Stage, config: dict, model, card: Card) -> tuple[float, float]:
     """Tokens per second, from MFU. A reference model takes a share of the FLOPs."""
-    flops = flops_per_token(model) * (1 + stage.reference_share)
+    flops = flops_per_token(model, config[stage.length_key]) * (1 + stage.reference_share)
     low, high = (card.flops * share / flops for share in MFU)
     return low, high
 
@@ -205,8 +205,8 @@ def describe_data(
         f"training per parameter (estimated from its first megabyte)",
         f"Preparing it: about {duration(seconds)} on {cores} cores ({data.tokens_per_second:,.0f} "
         "tokens/s a core, measured here on that megabyte)",
-        f"Training: {span(*speeds(stage, model, card), tokens)} for {tokens:,.0f} tokens, about "
-        f"{steps:,} steps (estimated)",
+        f"Training: {span(*speeds(stage, config, model, card), tokens)} for {tokens:,.0f} tokens, "
+        f"about {steps:,} steps (estimated)",
         f"{rates[0].upper()}{rates[1:]} (estimated)",
         f"Disk: {data.tokens * data.bytes_per_token / 1e9:.2f} GB of rows, as much as the text "
         f"while they are made, {parameters * checkpoints / 1e9:.2f} GB of checkpoints (estimated)",

@@ -268,7 +268,7 @@ def main():
     parser.add_argument("--max_seq_len", type=int, default=256)
     parser.add_argument("--vocab_size", type=int, help='default: as train_llm.py\'s "auto"')
     parser.add_argument("--text_column", help="default: text, content or completion")
-    parser.add_argument("--max_dataset_bytes", type=float, help="read so much of it")
+    parser.add_argument("--max_dataset_bytes", type=float, help="bytes to read of it")
     parser.add_argument("--rows", type=int, default=3, help="how many rows to print")
     arguments = parser.parse_args()
     try:

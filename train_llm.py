@@ -37,7 +37,7 @@ wandb_config = {
     "n_layers": 6,  # blocks
     "d_ff": 2048,  # width of SwiGLU
     "max_seq_len": 128,  # tokens of a row; 512 or more for real corpora
-    "dropout": "auto",  # 0; 0.2 where so few tokens would be learnt by heart
+    "dropout": "auto",  # 0; 0.2 where the corpus is small enough to be learnt by heart
     "use_moe": False,  # a mixture of experts in place of each SwiGLU
     "num_experts": 4,  # of each block
     "top_k": 2,  # experts per token
@@ -45,18 +45,18 @@ wandb_config = {
     # data
     "dataset": "data/pretrain_sample.jsonl",  # file, folder, glob, Hub name; or {name: share}
     "text_column": None,  # None: the first of text, content, completion
-    "max_dataset_bytes": None,  # read so much of each dataset; None: all of it
+    "max_dataset_bytes": None,  # bytes to read of each dataset; None: all
     "validation_tokens": 1_000_000,  # held out at most, and at most 5 % of the documents
     "num_proc": None,  # processes that prepare the data; None: one for each core
     "verify_data": False,  # read every file again, though its date and size are the same
-    "tokenizer_path": None,  # folder or Hub name; None: train one on the dataset
+    "tokenizer_path": None,  # folder or Hub name; None: that of init_from, or a new one
     "vocab_size": "auto",  # of the tokenizer trained here: 6400; 4096 for less than 3 MB of text
     "tokenizer_megabytes": 10,  # of text that it is trained on
     "num_workers": 2,  # processes that collate rows ahead
     # optimization
-    "batch_size": 32,  # rows of one forward pass; "auto": as many of 32 as fit
+    "batch_size": 32,  # rows of one forward pass; "auto": a step's 32 or more, in as few as fit
     "gradient_accumulation_steps": 1,  # forward passes of one optimizer step
-    "learning_rate": 5e-4,  # peak, for 20,000 steps of 16,384 tokens
+    "learning_rate": 5e-4,  # x 10 beside Muon, x 4 alone: peak, for 20,000 steps of 16,384 tokens
     "num_epochs": 3,  # passes over the data
     "max_steps": 0,  # stop after that many; 0: all epochs
     "time_limit": None,  # "8h", "90m": fewer steps, so that the run ends in time
@@ -66,7 +66,7 @@ wandb_config = {
     "scale_learning_rate": True,  # both, to the run's steps and their tokens; False: literal
     "warmup_ratio": 0.05,  # of all steps
     "min_lr_ratio": 0.1,  # of the peak, at the end of the cosine
-    "weight_decay": "auto",  # on matrices only: 0.1; 1.0 where so few would be learnt by heart
+    "weight_decay": "auto",  # on matrices only: 0.1; 1.0 where "auto" dropout is 0.2
     "max_grad_norm": 1.0,  # 0: no clipping
     "seed": 42,  # of the weights, the order of the data, and dropout
     # speed and memory

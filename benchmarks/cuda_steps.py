@@ -202,7 +202,8 @@ def measure(step: Step, steps: int) -> Figures:
     wait()
     speed = step.batch["input_ids"].numel() * steps / (time.perf_counter() - started)
     with torch.device("meta"):
-        flops = speed * flops_per_token(CustomLLM(step.config))  # the peer's are the same
+        # The peer's are the same.
+        flops = speed * flops_per_token(CustomLLM(step.config), step.config.max_seq_len)
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_reserved if step.is_graph else torch.cuda.max_memory_allocated
     gib = memory() / 2**30 if device.type == "cuda" else None

@@ -17,7 +17,8 @@ from engine.identity import content_hash
 from tokenizer import token_byte_lengths
 
 SPLITS = ("train", "validation")
-MODEL_FILES = {".safetensors", ".json", ".model", ".txt", ".jinja"}  # of a model or a tokenizer
+# Of a model or a tokenizer.
+MODEL_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
 # Keys of wandb_config, equal in the three stages.
 KEYS = ("validation_tokens", "max_dataset_bytes", "num_proc", "verify_data")
 

@@ -11,8 +11,9 @@ gc.set_threshold(10_000)
 
 
 def imports_are_done():
-    """Called where a command begins: what is there stays, and the collector passes it over. So it
-    does at the end with all objects: they would take the exit most of a second.
+    """Called where a command begins: what is there stays, and the collector passes it over.
+
+    At exit it passes over all objects: to look at them would take most of a second.
     """
     gc.freeze()
     gc.set_threshold(*USUAL_THRESHOLDS)

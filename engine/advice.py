@@ -5,6 +5,7 @@ import torch
 from engine import memory
 from engine.memory import StepMemory
 from engine.runtime import Runtime
+from engine.settings import length_key
 
 MOST = 3  # lines
 FEW_TOKENS = 2.0  # of training per parameter; compute-optimal is 20 (arXiv 2203.15556)
@@ -18,6 +19,7 @@ def advise(config: dict, model, tokens: int, row_length: int, rt: Runtime, trial
     """At most three lines, the weightiest first, each with the key to change.
 
     Args:
+        config: its num_epochs is how often the rows are read, also where max_steps ends the run.
         tokens: of the training rows; an epoch trains on each once.
         row_length: tokens of a row.
         trial: (forward_backward, full_batch) of the stage, to count a step's memory.
@@ -41,10 +43,9 @@ def _about_data(config: dict, tokens: int, row_length: int, parameters: int):
     if epochs > MANY_EPOCHS:
         yield f"after {MANY_EPOCHS} epochs the same text teaches little that is new (num_epochs)."
     if row_length < SHORT_ROW and tokens > LARGE_CORPUS:
-        key = "max_seq_len" if "max_seq_len" in config else "max_length"
         yield (
             f"rows of {row_length} tokens cut the documents of a corpus of {tokens:,} tokens into "
-            f"pieces: 512 or more shows the model their context ({key})."
+            f"pieces: 512 or more shows the model their context ({length_key(config)})."
         )
 
 

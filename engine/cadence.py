@@ -109,8 +109,6 @@ class Cadence:
         return step % every == 0 and self.total - step >= every
 
     def _note_costs(self, step: int):
-        if self.meter is None:  # nothing is "auto"
-            return
         for name, seconds in self.meter.last_cost.items():
             self.dearest[name] = max(seconds, self.dearest.get(name, 0.0))
         if self.first is None:

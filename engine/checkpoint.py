@@ -44,12 +44,15 @@ def save(run, model, optimizers, rt: Runtime, state: dict, config: dict) -> Path
         "scaler": rt.scaler.state_dict(),
     }
     model = whole_model(model)
-    if not rt.is_main or target.exists():
+    if not rt.is_main:
+        run.checkpoint = target  # if the first rank cannot write it, all ranks end
+        return target
+    if target.exists():
         return target
     if not _all_finite(model):
         raise NumericalError(
             f"Stopped at step {state['step']}: its weights are not finite and were not saved; the "
-            f"last good checkpoint is {run.checkpoint}."
+            f"last good checkpoint is {run.checkpoint or 'none'}."
         )
     text = json.dumps(state, indent=1, ensure_ascii=False)
     rest = run, target, text, config["keep_checkpoints"], rt
@@ -145,7 +148,8 @@ def load(path: Path, model, optimizers, rt: Runtime):
     tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     for optimizer, state in zip(optimizers, tensors["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-    rt.scaler.load_state_dict(tensors["scaler"])
+    if tensors["scaler"]:  # none was saved where there is no fp16, as on a CPU
+        rt.scaler.load_state_dict(tensors["scaler"])
 
 
 def resume(run, model, optimizers, rt: Runtime) -> dict:

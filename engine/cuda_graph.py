@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.runtime import Runtime
+from kernels.experts import has_grouped_kernel
 
 BOUNDS = "cu_seq_lens_q"  # int32 (documents + 1,), the one input of no fixed length
 CALLS_BEFORE = 4  # micro-batches without a graph: they compile, and show how many documents come
@@ -46,8 +47,12 @@ def find_problem(model, config: dict, rt: Runtime) -> str | None:
         return "gradient_checkpointing reads the state of the random numbers"
     if any(block._compiled_call_impl is None for block in model.model.layers):
         return "it needs torch_compile"
-    if model.config.use_moe and rt.dtype is torch.float16:
-        return 'experts in fp16 wait for the GPU: set mixed_precision to "bf16"'
+    dtype, sizes = rt.dtype or torch.float32, (model.config.d_model, model.config.moe_d_ff)
+    if model.config.use_moe and not has_grouped_kernel(rt.device, dtype, *sizes):
+        return (
+            "experts wait for the GPU. On an H100 or B200, with sizes that are multiples of 8, "
+            'set mixed_precision to "bf16"'
+        )
     return None
 
 
@@ -89,6 +94,8 @@ class GraphedStep:
         if self.calls <= CALLS_BEFORE:
             self.shape = max(self.shape, batch["input_ids"].shape, key=torch.Size.numel)
             self.bounds = max(self.bounds, int(MORE_DOCUMENTS * len(batch[BOUNDS])))
+        if self.calls == CALLS_BEFORE:  # nothing can be compiled while a graph is recorded
+            batch = self._filled_up(batch)
         is_usual = batch["input_ids"].shape == self.shape and len(batch[BOUNDS]) <= self.bounds
         can_add = self.gradients or not adds
         if self.calls <= CALLS_BEFORE or not is_usual or not can_add:
@@ -104,11 +111,14 @@ class GraphedStep:
             parameter.grad = gradient
         return {name: tensor.clone() for name, tensor in outputs.items()}
 
-    def _fill_inputs(self, batch: dict[str, torch.Tensor]):
-        bounds = batch[BOUNDS]
-        missing = self.bounds - len(bounds)
+    def _filled_up(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """With as many documents as the graph takes."""
+        missing = self.bounds - len(batch[BOUNDS])
         end = batch["input_ids"].numel()  # an empty document begins and ends there
-        batch = batch | {BOUNDS: F.pad(bounds, (0, missing), value=end)}
+        return batch | {BOUNDS: F.pad(batch[BOUNDS], (0, missing), value=end)}
+
+    def _fill_inputs(self, batch: dict[str, torch.Tensor]):
+        batch = self._filled_up(batch)
         if not self.inputs:
             self.inputs = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
         for name, tensor in self.inputs.items():

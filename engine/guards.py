@@ -9,7 +9,7 @@ import torch
 
 from engine import memory
 from engine.runtime import Runtime
-from engine.settings import AUTO_ROWS
+from engine.settings import AUTO_ROWS, length_key
 from engine.steps import StepSampler
 from model_config import CustomLLMConfig
 
@@ -90,7 +90,7 @@ def fit_regularization(config: dict, model, tokens: int, rt: Runtime) -> dict:
     tokens: of the corpus. Where they are few, and are read more than once, both are larger.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    is_small = tokens < BY_HEART * parameters and config["num_epochs"] > 1
+    is_small = tokens < BY_HEART * parameters and _reads_again(config, tokens, rt)
     values = AGAINST_IT if is_small else OTHERWISE
     found = {key: value for key, value in values.items() if config[key] == "auto"}
     if is_small and found:
@@ -101,6 +101,14 @@ def fit_regularization(config: dict, model, tokens: int, rt: Runtime) -> dict:
         for block in model.model.layers:
             block.dropout = block.self_attn.dropout = found["dropout"]
     return config | found
+
+
+def _reads_again(config: dict, tokens: int, rt: Runtime) -> bool:
+    """Whether a run sees its corpus more than once. What time_limit leaves is not known yet."""
+    size = AUTO_ROWS if config["batch_size"] == "auto" else config["batch_size"]
+    rows = config["max_steps"] * size * config["gradient_accumulation_steps"] * rt.world
+    is_cut = 0 < rows * config[length_key(config)] <= tokens
+    return config["num_epochs"] > 1 and not is_cut
 
 
 def fit_batch_size(

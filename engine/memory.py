@@ -6,7 +6,6 @@ on the backend of a GPU, also on a machine without one.
 
 import contextlib
 import math
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,9 +45,7 @@ def checkpoint_activations(model, level):
     options = {"use_reentrant": False, "preserve_rng_state": model.config.dropout > 0}
     if level in ("selective", "attention"):
         options["context_fn"] = partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)
-    with warnings.catch_warnings():  # transformers 5.24 renames it, 5.0 does not know the new name
-        warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(options)
+    model.activation_checkpointing_enable(options)
 
 
 class PeakBytes(TorchDispatchMode):
@@ -104,7 +101,7 @@ class PeakBytes(TorchDispatchMode):
 
 
 class _TakeScratch(torch.autograd.Function):
-    """The output itself. Its backward takes so many bytes into a list."""
+    """The output itself. Its backward takes `size` bytes into a list."""
 
     @staticmethod
     def forward(ctx, output, scratch: list, size: int):
@@ -214,7 +211,7 @@ class StepMemory:
     ):
         self.config, self.forward_backward, self.full_batch = config, forward_backward, full_batch
         self.mode = FakeTensorMode() if fake else None
-        # bf16 stands for fp16: it is as large, and its grouped product runs on a CPU.
+        # bf16 stands for fp16: it is as large, and needs no loss scale.
         dtype = None if config["mixed_precision"] == "no" else torch.bfloat16
         self.rt = make_runtime(dtype, torch.device("cpu"))
         with self.mode or contextlib.nullcontext():
@@ -304,7 +301,7 @@ def largest_batch(memory: StepMemory, level, card_gib: float) -> int:
     lies above the straight line, and what fits by that line fits.
     """
     room = (card_gib - CONTEXT_GIB) / (1 + FRAGMENTATION) * 2**30
-    # Below so many rows the chunk of logits still grows with them.
+    # Below this number of rows the chunk of logits still grows with them.
     chunk = memory.model.backend.chunks.tokens(memory.model.config.vocab_size)
     proportional = math.ceil(chunk / memory.full_batch(1)["input_ids"].shape[1])
     peaks: dict[float, int] = {0: memory.at_rest()}

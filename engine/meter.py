@@ -10,8 +10,10 @@ import torch
 from engine import cards
 
 
-def flops_per_token(model) -> float:
+def flops_per_token(model, length: int) -> float:
     """Training FLOPs per token: 6 per active weight of a matrix product, and causal attention.
+
+    length: tokens that attend to one another, as in a row.
 
     PaLM's count (arXiv 2204.02311, appendix B): a forward costs 2 per weight, backward twice that.
     """
@@ -19,7 +21,7 @@ def flops_per_token(model) -> float:
     weights = active_parameters(model)
     if not config.tie_word_embeddings:
         weights -= model.get_input_embeddings().weight.numel()  # a look-up multiplies nothing
-    attention = 6 * config.n_layers * config.n_heads * config.head_dim * config.max_seq_len
+    attention = 6 * config.n_layers * config.n_heads * config.head_dim * length
     return 6 * weights + attention
 
 
@@ -43,11 +45,12 @@ def active_parameters(model) -> int:
 class Meter:
     """Speed, utilisation, memory and time left, from start() on.
 
-    tokens_seen counts real tokens (not padding) of the whole run, over all ranks.
+    flops: of one card for each of these tokens.
+    tokens_seen: real tokens (not padding) of the whole run, over all ranks.
     """
 
-    def __init__(self, model, start_step: int, total_steps: int, tokens_seen: int, device):
-        self.flops, self.device = flops_per_token(model), device
+    def __init__(self, flops: float, start_step: int, total_steps: int, tokens_seen: int, device):
+        self.flops, self.device = flops, device
         self.start_step, self.total_steps, self.tokens_seen = start_step, total_steps, tokens_seen
         self.start()
 

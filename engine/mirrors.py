@@ -27,10 +27,13 @@ class Wandb:
     """wandb: online when logged in, otherwise offline."""
 
     name = "wandb"
+    data_dir: str | None = None  # of the last run in this process
 
     def __init__(self, run, run_id: str | None, project_name: str, config: dict):
         # A table goes through this folder. Its default is the home folder.
-        os.environ.setdefault("WANDB_DATA_DIR", str(run.folder.absolute() / "wandb"))
+        before, Wandb.data_dir = Wandb.data_dir, str(run.folder.absolute() / "wandb")
+        if os.environ.get("WANDB_DATA_DIR") in (None, before):  # not a person's own
+            os.environ["WANDB_DATA_DIR"] = Wandb.data_dir
         options = {
             "project": project_name,
             "name": run.folder.name,
@@ -44,7 +47,8 @@ class Wandb:
     def _start(self, mode: str, options: dict):
         import wandb  # takes 0.7 s: only where it is used
 
-        settings = wandb.Settings(silent=True, init_timeout=20, finish_timeout=UPLOAD_SECONDS)
+        seconds: Any = {"init_timeout": UPLOAD_SECONDS, "finish_timeout": UPLOAD_SECONDS}
+        settings = wandb.Settings(silent=True, **seconds)
         begin: Any = partial(wandb.init, settings=settings, **options)
         self.run, self.mode = begin_or_offline(self.name, mode, begin)
         self.id = self.run.id

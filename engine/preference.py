@@ -178,7 +178,7 @@ def add_reference_logps(
     """Add the column reference_logps (chosen, rejected) to every pair.
 
     They are computed once, so that no second model is in memory while training. The cache's name
-    changes with the reference's weights, the data (their fingerprint) and the precision.
+    changes with the reference's model, the data (their fingerprint) and the precision.
 
     Raises:
         ValueError: there is no model in `path`, or its tokenizer has other ids for the words.
@@ -189,8 +189,9 @@ def add_reference_logps(
     cache_dir = Path(config["output_dir"]) / "cache"
     # Without gradients more pairs fit than in training; a smaller batch_size helps here too.
     pairs_at_once = 32 if config["batch_size"] == "auto" else 4 * config["batch_size"]
-    weights = content_hash(sorted(Path(path).glob("*.safetensors")), cache_dir)
-    name = settings_hash(weights, fingerprint, str(rt.dtype))
+    files = [file for file in Path(path).iterdir() if file.suffix in (".safetensors", ".bin")]
+    reference = content_hash([*sorted(files), Path(path, "config.json")], cache_dir)
+    name = settings_hash(reference, fingerprint, str(rt.dtype))
     folder = cache_dir / f"reference-{name}"
     with cache_lock(cache_dir):
         if not folder.exists():

@@ -12,11 +12,12 @@ from engine import optim
 from engine.advice import advise
 from engine.cadence import Cadence
 from engine.disk import write_whole
-from engine.meter import Meter, active_parameters, log_line
+from engine.meter import Meter, active_parameters, flops_per_token, log_line
 from engine.pages import write_report
 from engine.plots import plot_curves
 from engine.resuming import typed_command
 from engine.runtime import Runtime
+from engine.settings import length_key
 from engine.steps import StepLoader
 from engine.stop import GivenUp
 from engine.tracker import Tracker
@@ -34,7 +35,8 @@ class Log:
     def __init__(self, run, project_name, config, rt: Runtime, model, loader: StepLoader, tokens):
         self.rt, self.folder, self.total_steps = rt, run.folder, loader.total_steps
         self.tracker = Tracker(run, project_name, config, rt.extras) if rt.is_main else None
-        self.meter = Meter(model, loader.start_step, loader.total_steps, tokens, rt.device)
+        flops = flops_per_token(model, config[length_key(config)]) / rt.world  # of each card
+        self.meter = Meter(flops, loader.start_step, loader.total_steps, tokens, rt.device)
         self.watchdog = Watchdog(run.folder, rt.rank, rt.say)
         self.cadence = Cadence(config, loader, self.meter, rt)
         self.due = self.cadence.due
@@ -135,6 +137,7 @@ def describe_run(config: dict, model, loader: StepLoader, rt: Runtime, trial=Non
     """
     total, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
     order, tokens_per_step = loader.order, loader.tokens_per_step
+    read = config | {"num_epochs": order.total_steps / order.steps_per_epoch}
     dtype = str(rt.dtype or torch.float32).removeprefix("torch.")
     lines = [f"  {key}: {value}" for key, value in config.items()]
     return "\n".join(
@@ -145,7 +148,7 @@ def describe_run(config: dict, model, loader: StepLoader, rt: Runtime, trial=Non
             f"{rt.device}; up to {tokens_per_step:,} tokens per step, {order.steps_per_epoch:,} "
             f"steps per epoch, {order.total_steps:,} steps in all.",
             f"Peak {optim.describe_learning_rate(order.total_steps, tokens_per_step, config)}.",
-            *advise(config, model, order.rows * loader.row_length, loader.row_length, rt, trial),
+            *advise(read, model, order.rows * loader.row_length, loader.row_length, rt, trial),
         ]
     )
 

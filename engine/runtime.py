@@ -32,9 +32,9 @@ class Runtime:
     """A device and a precision, and this process's place among the ranks.
 
     dtype: of matrix products under autocast; None: fp32. scaler: of fp16's loss, otherwise
-    disabled. accelerator: None where nothing is distributed. started: by time.monotonic().
-    stop: whether the run was asked to end. extras: what may fail without ending it. writer: of
-    checkpoints.
+    disabled. accelerator: None where nothing is trained, as where memory is counted. started: by
+    time.monotonic(). stop: whether the run was asked to end. extras: what may fail without ending
+    it. writer: of checkpoints.
     """
 
     device: torch.device

@@ -27,7 +27,7 @@ AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epo
 # With batch_size "auto" a step has this number of rows times gradient_accumulation_steps.
 AUTO_ROWS = 32
 LARGEST = 2**31 - 1  # of any number: larger ones overflow int32
-AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio"), 1)
+AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio", "dropout"), 1)
 AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20)
 AT_MOST |= {"num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
 # Keys that may be None, with an example of another value.
@@ -42,15 +42,18 @@ TRACKERS = ("wandb", "tensorboard", "swanlab")  # what the key `trackers` may li
 LISTS = (*DATASETS, "trackers")  # keys that may have several words on the command line
 
 
-def resolve(defaults: dict, overrides: dict | None) -> dict:
+def resolve(defaults: dict, overrides: dict | None, **arguments) -> dict:
     """The script's own wandb_config with the caller's keys put over it.
+
+    arguments: keys that are also arguments of the stage's function; None: not given.
 
     Raises:
         ValueError: every unknown key (with the nearest known one) and wrong value, in one message.
     """
+    named = {key: value for key, value in arguments.items() if value is not None}
     given = {
         key: os.fspath(value) if isinstance(value, os.PathLike) else value
-        for key, value in (overrides or {}).items()
+        for key, value in ((overrides or {}) | named).items()
     }
     problems = []
     for key, value in given.items():
@@ -110,6 +113,8 @@ def _broken_number_rule(key: str, value, whole: bool) -> str | None:
         return f"at least {smallest}"
     if value > (largest := AT_MOST.get(key, LARGEST)):
         return f"at most {largest}"
+    if key == "dropout" and value == 1:
+        return "below 1"
     return None
 
 
@@ -130,6 +135,11 @@ def _broken_text_rule(value) -> str | None:
     # Neither can stand in a file name or in run.json.
     has_surrogate = any("\ud800" <= character <= "\udfff" for character in value)
     return "text without NULs and lone surrogates" if has_surrogate or "\0" in value else None
+
+
+def length_key(config: dict) -> str:
+    """The key with the tokens of a row, or of an answer with its prompt."""
+    return "max_seq_len" if "max_seq_len" in config else "max_length"
 
 
 def parse_seconds(value) -> float:

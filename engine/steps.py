@@ -111,7 +111,7 @@ class StepLoader:
         """The micro-batches behind a step."""
         order = StepSampler(self.order.rows, self.config, self.rt.rank, self.rt.world, step)
         with unheard(), noticed_later():  # a signal to all processes must not end the workers
-            return iter(make_loader(self.rows, self.collate, self.num_workers, order))
+            return iter(make_loader(self.rows, self.collate, self.num_workers, order, self.rt))
 
     def _check_shared_memory(self):
         """Workers hand their batches over in /dev/shm. Where it is too small they wait for ever."""
@@ -138,10 +138,10 @@ class StepLoader:
 def validation_loader(rows, collate, config: dict, rt: Runtime) -> DataLoader:
     """This rank's share of all rows, in order."""
     batches = rank_batches(len(rows), config["batch_size"], rt.rank, rt.world)
-    return make_loader(rows, collate, 0, batches)
+    return make_loader(rows, collate, 0, batches, rt)
 
 
-def make_loader(rows, collate, num_workers: int, batch_sampler) -> DataLoader:
+def make_loader(rows, collate, num_workers: int, batch_sampler, rt: Runtime) -> DataLoader:
     workers: dict = {}
     if num_workers:
         workers = {"timeout": WORKER_SECONDS, "worker_init_fn": begin_worker}
@@ -152,7 +152,7 @@ def make_loader(rows, collate, num_workers: int, batch_sampler) -> DataLoader:
         rows.with_format("numpy"),
         collate_fn=collate,
         num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=rt.device.type == "cuda",  # it opens the card, which --device cpu leaves alone
         generator=torch.Generator().manual_seed(0),  # without it iterators use the global generator
         batch_sampler=batch_sampler,
         **workers,
@@ -172,7 +172,7 @@ def rank_batches(rows: int, batch_size: int, rank: int, world: int) -> list[list
 def count_targets(micro_batches: list[dict], rt: Runtime) -> tuple[int, int]:
     """(targets, real tokens) of a step, over all its micro-batches and all ranks.
 
-    Counted before the batches move to the device: one GPU never waits for the numbers.
+    Counted before the batches move to the device: a run on a single GPU never waits for them.
     """
     targets = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in micro_batches)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)

@@ -43,6 +43,7 @@ class StopSignal:
         self.clock, self.started = clock, clock()
         self.after_text, self.deadline = "", math.inf
         self.first: tuple[str, float] | None = None  # a signal's name, and when it came
+        self.pressed: float | None = None  # when the first Ctrl-C came
         self.handlers = contextlib.ExitStack()
 
     def after(self, text: str | None) -> "StopSignal":
@@ -68,10 +69,13 @@ class StopSignal:
     def _note(self, number: int):
         if self.first is None:
             self.first = (signal.Signals(number).name, self.clock())
-        elif number == signal.SIGINT:
-            one_press = BY_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE
-            if self.clock() >= self.first[1] + one_press:
-                raise KeyboardInterrupt
+        if number != signal.SIGINT:
+            return
+        one_press = BY_TORCHRUN if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE
+        if self.pressed is None:
+            self.pressed = self.clock()
+        elif self.clock() >= self.pressed + one_press:
+            raise KeyboardInterrupt
 
     def __exit__(self, *exception):
         self.handlers.close()

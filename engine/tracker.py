@@ -17,8 +17,8 @@ class Tracker:
     """Writes every logged number to metrics.jsonl and mirrors it to the configuration's trackers.
 
     A resumed run first drops the lines behind its checkpoint. Only the first rank has one.
-    Neither ends a training: lines that the disk cannot take wait in memory, and a mirror that fails
-    is said once and left out. None asks anything.
+    A full disk or a failing mirror ends no training: lines that the disk cannot take wait in
+    memory, and a mirror that fails is said once and left out. No mirror asks a question.
 
     seconds: in which a mirror must have answered. One that hangs has failed.
     """

@@ -39,7 +39,8 @@ def is_plain(layer) -> bool:
 def recompute(function, *tensors):
     """function(*tensors). Backward keeps only the tensors and runs the function again.
 
-    The second run stops before the last matrix product, because backward does not need its result.
+    The second run stops when backward has all that it needs: before the last matrix product, where
+    that is torch's own. An operator of this project saves its tensors only when it has run.
     """
     if not torch.is_grad_enabled():
         return function(*tensors)

@@ -39,7 +39,7 @@ class Chunks:
         return max(self.least_tokens, self.logits // vocab_size)
 
     def parts(self, tokens: int, vocab_size: int) -> list[slice]:
-        """The chunks of so many tokens, one at least. All but the last have one length."""
+        """The chunks of `tokens` tokens, at least one. All but the last have one length."""
         size = self.tokens(vocab_size)
         size -= size % FULL if size > FULL else 0
         return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]

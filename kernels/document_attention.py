@@ -35,7 +35,7 @@ class Group(NamedTuple):
     """Documents that are filled up to one length, each by its last token again and again.
 
     tokens: (documents * length,), where each is in the rows; a slice where nothing is filled up.
-    own, repeated: which of them are there for the first and for a second time; None: all and none.
+    own, repeated: the places whose output is written, and all others; None: every one is written.
     """
 
     length: int
@@ -121,14 +121,15 @@ def places_of(own: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return own.nonzero().squeeze(1), (~own).nonzero().squeeze(1)
 
 
-def share(group: Group, unfold_index: torch.Tensor, is_first: torch.Tensor) -> Group:
-    """A group of unfolded documents as one of documents that share tokens. is_first bool (unfolded
-    tokens,): not a second copy.
+def share(group: Group, unfold_index: torch.Tensor, is_kept: torch.Tensor) -> Group:
+    """A group of unfolded documents as one of documents that share tokens.
+
+    is_kept: bool (unfolded tokens,), the copies whose output fold_index takes.
     """
     length, tokens, own, _ = group
     if isinstance(tokens, slice):
         tokens = torch.arange(tokens.start, tokens.stop)
-    is_own = is_first[tokens]
+    is_own = is_kept[tokens]
     if own is not None:
         is_own &= torch.zeros_like(is_own).index_fill_(0, own, True)
     return Group(length, unfold_index[tokens], *places_of(is_own))
@@ -145,8 +146,8 @@ def groups_of(
     groups = arrange(tuple(bounds.tolist()), tokens, rounded)
     if unfold_index is None or fold_index is None:
         return groups
-    is_first = fold_index[unfold_index] == torch.arange(len(unfold_index))
-    return [share(group, unfold_index, is_first) for group in groups]
+    is_kept = fold_index[unfold_index] == torch.arange(len(unfold_index))
+    return [share(group, unfold_index, is_kept) for group in groups]
 
 
 # --- backward in tiles of queries -----------------------------------------------------------------

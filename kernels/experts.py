@@ -61,13 +61,13 @@ def run_experts_on_cpu(
 
 
 def tokens_of(order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Whose the slots are, sorted by expert."""
+    """The token of each slot, the slots sorted by expert: (tokens * top_k,)."""
     return order // (len(order) // len(x))
 
 
 def by_token(rows: torch.Tensor, order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Rows sorted by expert -> (tokens, top_k, d_model)."""
-    slots = torch.empty_like(rows).index_copy(0, order, rows)
+    slots = torch.empty_like(rows).index_copy_(0, order, rows)
     return rearrange(slots, "(n k) d -> n k d", n=len(x))
 
 

@@ -20,7 +20,7 @@ CPU_PART = 2**18  # elements
 
 
 def parts(x: torch.Tensor, elements: int | None) -> Iterator[slice]:
-    """Slices of the first dimension, of so many elements; None: everything at once."""
+    """Slices of the first dimension, of about `elements` elements each; None: all at once."""
     count, of_one = len(x), max(1, x.numel() // max(1, len(x)))
     size = max(1, count if elements is None else elements // of_one)
     return (slice(start, start + size) for start in range(0, count, size))

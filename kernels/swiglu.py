@@ -113,7 +113,7 @@ tiled_swiglu.register_autograd(_backward, setup_context=_keep)
 def swiglu_on_cpu(x: torch.Tensor, gate_proj, up_proj, down_proj) -> torch.Tensor:
     """x (…, d_model) and three layers. In tiles where gradients are needed and no layer has an
     adapter: an adapter must be called, not only its weight read. In 16 bits torch.compile gets the
-    plain operations: it passes over memory less often than tiles of so many tokens do.
+    plain operations: it passes over memory less often than tiles do.
     """
     layers = gate_proj, up_proj, down_proj
     if torch.compiler.is_compiling() and compute_dtype(x).itemsize == 2:

@@ -17,7 +17,7 @@ from engine.model_folder import check_model_folder, open_model_folder
 
 BETWEEN_UPDATES = 0.1  # seconds: with every token of a small model the page hears no click
 LOADED = 2  # models that stay in memory: as many as a comparison has
-_generating = threading.Lock()  # one reply at a time: torch.manual_seed sets the whole process
+_generating = threading.Lock()  # one reply at a time: two would share the cores
 
 
 class Models:

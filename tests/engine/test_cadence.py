@@ -114,7 +114,8 @@ def test_the_first_ten_steps_have_lines_then_ten_steps_and_some_seconds_are_betw
 def test_numbers_are_steps_and_everything_happens_at_the_end():
     every = {"log_every": 1, "eval_every": 2, "sample_every": 0, "save_every": 3}
     loader = SimpleNamespace(total_steps=10, start_step=0)
-    cadence = Cadence(every, loader, None, cpu_runtime())
+    meter = SimpleNamespace(spent={}, last_cost={})
+    cadence = Cadence(every, loader, meter, cpu_runtime())
 
     def names(step, stop=False):
         return [name for name, is_due in vars(cadence.due(step, stop)).items() if is_due]

@@ -73,6 +73,16 @@ def test_a_checkpoint_gives_everything_back(tmp_path, capsys):
     assert fresh[2].scaler.get_scale() == 8
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, torch.float16), (torch.float16, None)])
+def test_a_run_goes_on_where_fp16s_scaler_is_needed_or_is_not(tmp_path, before, after):
+    """A run of fp16 that began on a CPU, whose steps have no loss scale, and the way back."""
+    run = open_run_in(tmp_path)
+    save(run, 1, parts=(*trained()[:2], cpu_runtime(before)))
+    fresh = (*trained(steps=0)[:2], cpu_runtime(after))
+    assert checkpoint.resume(open_run_in(tmp_path), *fresh)["step"] == 1
+    assert fresh[2].scaler.is_enabled() == (after is torch.float16)
+
+
 def test_a_new_run_resumes_nothing(tmp_path, capsys):
     parts = trained()
     before = [parameter.clone() for parameter in parts[0].parameters()]
@@ -96,6 +106,15 @@ def test_a_checkpoint_that_is_there_already_is_not_written_again(tmp_path):
     before = (path / "model.safetensors").stat().st_mtime_ns
     assert save(run, 1, parts=trained(steps=3)) == path
     assert (path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_every_rank_knows_the_last_checkpoint(tmp_path):
+    run = Run(tmp_path)
+    model, optimizers, _ = trained()
+    second = Runtime(CPU, None, torch.amp.GradScaler("cpu", enabled=False), rank=1, world=2)
+    assert run.checkpoint is None
+    path = save(run, 3, parts=(model, optimizers, second))
+    assert run.checkpoint == path and not path.exists(), "the first rank writes it"
 
 
 def test_an_error_while_saving_leaves_no_half_checkpoint(tmp_path):

@@ -132,7 +132,7 @@ def test_a_program_prints_to_its_end_whatever_its_output_is(target):
 # --- beside a loop -------------------------------------------------------------------------------
 
 EVERY: dict = dict.fromkeys(("log_every", "eval_every", "sample_every", "save_every"), 1)
-EVERY |= {"trackers": []}
+EVERY |= {"trackers": [], "max_seq_len": 32}
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run_and_a_fault_of_training_does(tmp_path, capsys):

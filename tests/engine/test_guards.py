@@ -8,7 +8,7 @@ from tiny import CPU, cpu_runtime, tiny_model
 from torch import nn
 
 from engine import optim
-from engine.guards import FiniteGuard, NumericalError, fit_regularization
+from engine.guards import AGAINST_IT, FiniteGuard, NumericalError, fit_regularization
 from engine.runs import Run
 from engine.runtime import Runtime
 from engine.steps import StepSampler
@@ -67,6 +67,8 @@ def test_overflows_that_the_fp16_scaler_skips_are_no_error():
 
 # --- a corpus that is learnt by heart ---------------------------------------------------------
 
+WHOLE = {"max_steps": 0, "batch_size": 1, "gradient_accumulation_steps": 2, "max_seq_len": 8}
+
 
 @pytest.mark.parametrize(
     ("asked", "tokens_per_parameter", "epochs", "expected"),
@@ -82,7 +84,7 @@ def test_dropout_auto_is_for_few_tokens_that_are_read_again(
 ):
     model = tiny_model(dropout=0.1 if asked == 0.1 else 0.0).train()
     parameters = sum(p.numel() for p in model.parameters())
-    config = {"dropout": asked, "num_epochs": epochs, "weight_decay": 0.3}
+    config = WHOLE | {"dropout": asked, "num_epochs": epochs, "weight_decay": 0.3}
     rt = cpu_runtime()
     found = fit_regularization(config, model, int(tokens_per_parameter * parameters), rt)
     assert found == config | {"dropout": expected}
@@ -103,6 +105,13 @@ def test_weight_decay_auto_is_high_for_few_tokens_that_are_read_again(
 ):
     model = tiny_model()
     tokens = int(tokens_per_parameter * sum(p.numel() for p in model.parameters()))
-    config = {"dropout": 0.0, "num_epochs": epochs, "weight_decay": asked}
+    config = WHOLE | {"dropout": 0.0, "num_epochs": epochs, "weight_decay": asked}
     assert fit_regularization(config, model, tokens, cpu_runtime())["weight_decay"] == expected
     assert ("auto: weight_decay 1.0, because" in capsys.readouterr().out) == (expected == 1.0)
+
+
+@pytest.mark.parametrize(("max_steps", "expected"), [(2, 0.0), (3, 0.2)])
+def test_what_max_steps_ends_within_the_first_epoch_is_read_once(max_steps, expected):
+    config = WHOLE | {"max_steps": max_steps, "num_epochs": 3} | dict.fromkeys(AGAINST_IT, "auto")
+    tokens = 2 * 16  # two steps of two rows of 8 tokens
+    assert fit_regularization(config, tiny_model(), tokens, cpu_runtime())["dropout"] == expected

@@ -36,7 +36,7 @@ def lines(folder) -> list[dict]:
 def make_log(folder, rt=None):
     loader = SimpleNamespace(start_step=2, total_steps=10)
     every = {f"{name}_every": "auto" for name in ("log", "eval", "sample", "save")}
-    every |= {"trackers": []}
+    every |= {"trackers": [], "max_seq_len": 32}
     return Log(Run(folder), "project", every, rt or cpu_runtime(), tiny_model(), loader, 1000)
 
 
@@ -155,9 +155,10 @@ def test_a_dense_model_reports_its_loss_alone_and_fp16_its_scale():
 def test_flops_count_active_weights_of_matrix_products_and_causal_attention():
     model = tiny_model(max_seq_len=32)
     weights = sum(p.numel() for p in model.parameters())
-    assert flops_per_token(model) == 6 * weights + 6 * 2 * 16 * 32
+    assert flops_per_token(model, 32) == 6 * weights + 6 * 2 * 16 * 32
+    assert flops_per_token(model, 8) == 6 * weights + 6 * 2 * 16 * 8, "rows shorter than a context"
     untied = tiny_model(max_seq_len=32, tie_word_embeddings=False)
-    assert flops_per_token(untied) == flops_per_token(model)
+    assert flops_per_token(untied, 32) == flops_per_token(model, 32)
 
 
 def test_only_the_chosen_experts_are_active():
@@ -169,7 +170,7 @@ def test_only_the_chosen_experts_are_active():
 def test_the_meter_counts_real_tokens_and_leaves_pauses_out(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Meter(tiny_model(), start_step=2, total_steps=10, tokens_seen=1000, device=CPU)
+    meter = Meter(1e6, start_step=2, total_steps=10, tokens_seen=1000, device=CPU)
     meter.tokens_seen += 600
     now[0] += 2
     with meter.paused("eval"):

@@ -116,6 +116,17 @@ def test_validation_takes_every_row_in_order():
     assert [row_numbers(batch) for batch in loader] == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
+def test_without_a_gpu_in_use_no_memory_is_pinned_for_one(monkeypatch):
+    """Pinning opens the card: --device cpu would fail on one that is full."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rt, pinned = cpu_runtime(), []
+    for device in ("cpu", "cuda"):
+        rt.device = torch.device(device)
+        loader = validation_loader(numbered_rows(8), PackedCollator(2, 0), ORDER, rt)
+        pinned.append(loader.pin_memory)
+    assert pinned == [False, True]
+
+
 def test_targets_are_counted_over_all_micro_batches_without_each_rows_first_token():
     labels = torch.tensor([[5, 6, -100, 7], [1, -100, -100, -100]])
     batch = {"labels": labels, "attention_mask": torch.ones(2, 4)}

@@ -83,6 +83,18 @@ def test_what_a_launcher_hands_on_is_no_second_ctrl_c_and_a_later_one_is(
             signal.raise_signal(signal.SIGINT)
 
 
+def test_a_first_ctrl_c_behind_another_wish_is_no_second_one():
+    clock = Clock()
+    with StopSignal(clock) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        clock.now += 60.0
+        signal.raise_signal(signal.SIGINT)  # the save under way goes on
+        assert stop.received == "SIGTERM"
+        clock.now += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_a_forked_process_that_has_changed_nothing_yet_is_not_ended_by_them():
     done = run_code(
         "import os, signal, time\n"

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -102,9 +103,14 @@ def test_the_reference_is_computed_once_and_again_when_weights_or_data_change(
     assert not computes("two")
     assert computes("three", str(tmp_path / "checkpoints" / "dpo" / "one" / "final"))
     assert len(caches()) == 2
+    other = shutil.copytree(base_model, tmp_path / "other")
+    sizes = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(sizes | {"rms_norm_eps": 1e-3}))
+    assert computes("other", other), "the same weights compute something else"
+    assert len(caches()) == 3
     write_preferences(tmp_path, count=41)
     assert computes("four")
-    assert len(caches()) == 3
+    assert len(caches()) == 4
     assert written == {path: path.stat().st_mtime_ns for path in first.iterdir()}
 
 
