@@ -45,6 +45,12 @@ def stream_reply(chat: Chat, text: str):
         chat.reply(text, streamer, stop)
     finally:
         signal.signal(signal.SIGINT, previous)
+    warn(chat)
+
+
+def warn(chat: Chat):
+    if note := chat.what_was_left_out():
+        print(f"[{note}]", file=sys.stderr, flush=True)
 
 
 def converse(chat: Chat):
@@ -98,6 +104,7 @@ def compare(chats: list[Chat], prompts):
             for chat in chats:
                 chat.clear()
                 replies.append(chat.reply(prompt.strip()))
+                warn(chat)
             print(side_by_side(*replies))
 
 

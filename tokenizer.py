@@ -240,7 +240,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedT
 def _with_roles(texts: Iterable[str]) -> Iterator[str]:
     """Add the role names to the texts, so that each becomes one token of the chat format.
 
-    Texts are unchanged, except that runs of 1,000 letters without a space are cut.
+    Texts are unchanged, except that runs of 1,000 letters, spaces or other signs are cut.
     """
     for text in texts:
         yield from LONG_RUN.split(text)

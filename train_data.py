@@ -61,9 +61,9 @@ def prepare_data(
     Args:
         tokenizer_path: local folder or Hub name; None trains one of vocab_size on the corpus.
         vocab_size: a number of tokens, or "auto": fewer where the text is short.
-        dataset: file, folder or glob of .jsonl .json .txt .parquet (also .gz .bz2 .xz .zst), or a
-            name on the Hub or on ModelScope (corpus/sources.py); a list of them; or a dict of them
-            with the share of each in the text.
+        dataset: file, folder or glob of .jsonl .json .txt .parquet .arrow (also .gz .bz2 .xz .zst),
+            or a name on the Hub or on ModelScope (corpus/sources.py); a list of them; or a dict of
+            them with the share of each in the text.
         text_column: the column that holds the text; None: text, content or completion.
         tokenizer_megabytes: a tokenizer is trained on so much of the text, chosen by hash.
         options: of cache.Options, such as validation_tokens, num_proc and cache_dir.

@@ -78,8 +78,8 @@ def contents_of(config: dict) -> dict[str, str]:
 class Data:
     """The files of a stage's dataset, what their bytes are, and what the first pass finds.
 
-    A context: at its end what that pass laid aside is deleted, at its start what a killed
-    command's pass did.
+    A context. On leaving, it deletes what that pass laid aside. On entering, it deletes what a
+    killed command left.
 
     Args:
         dataset: a file, folder, pattern or a name on the Hub; a list of them; or a dict of them
@@ -129,8 +129,11 @@ class Data:
         """What becomes of each record: choice.choose."""
         index, options = self.index(recipe), self.options
         for number, name in enumerate(self.names):
-            if None not in self.weights and not (index.datasets == number).any():
-                raise ValueError(f"{name}: it has nothing usable, and is to have a share.")
+            if None not in self.weights and not (index.datasets[index.is_first] == number).any():
+                raise ValueError(
+                    f"{name}: it has nothing usable that the datasets before it do not have, and "
+                    "is to have a share."
+                )
         return choose(index, self.weights, options.validation_ratio, options.validation_tokens)
 
 
@@ -156,16 +159,16 @@ def cached_splits(
                 tokens = options.validation_tokens
                 counts = write_rows(temporary, data.corpus, recipe, index, choice, tokens)
                 text = json.dumps(counts, ensure_ascii=False, indent=1)
-                (temporary / "statistics.json").write_text(text)
+                (temporary / "statistics.json").write_text(text, encoding="utf-8")
     rows = DatasetDict({name: open_rows(folder / f"{name}.arrow") for name in SPLITS})
-    return rows, json.loads((folder / "statistics.json").read_text())
+    return rows, json.loads((folder / "statistics.json").read_text(encoding="utf-8"))
 
 
 def counts_of(splits: DatasetDict) -> dict[str, int]:
     """What the preparation of a stage's rows counted, and the rows themselves."""
     files = splits["validation"].cache_files
     statistics = Path(files[0]["filename"]).with_name("statistics.json") if files else None
-    counts = json.loads(statistics.read_text()) if statistics else {}
+    counts = json.loads(statistics.read_text(encoding="utf-8")) if statistics else {}
     return counts | {f"{name} rows": len(rows) for name, rows in splits.items()}
 
 

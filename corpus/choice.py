@@ -8,8 +8,8 @@ import numpy as np
 import xxhash
 
 LEAVE_OUT, TRAIN, VALIDATION = 0, 1, 2
-# Held out are so many bytes of text for each of the validation tokens that are asked for. A token
-# of Chinese text has more: rows are taken from what is held out until there are enough tokens.
+# For each validation token that is asked for, this many bytes of text are held out. A token of
+# Chinese text has more: rows are taken from what is held out until there are enough tokens.
 BYTES_PER_TOKEN = 3
 REHASH = np.uint64(0x9E3779B97F4A7C15)  # a product with this odd number is a hash of a hash
 

@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
+from corpus.cache import dropped
 from corpus.preparation import Corpus, Recipe, cut, usable_items
 from corpus.readers import Portion
 
@@ -22,7 +23,11 @@ class Estimate:
 
 def first_megabyte(corpus: Corpus) -> Portion:
     """The first records of a corpus. The position is how many bytes of the file they take."""
-    portion = next(corpus.tasks()).portion
+    task = next(corpus.tasks(), None)
+    if task is None:
+        files = ", ".join(str(file) for files, _ in corpus.datasets for file in files[:1])
+        raise ValueError(f"{files}: there is no record.")
+    portion = task.portion
     if portion.size <= MEGABYTE:
         return portion
     first = cut(portion, MEGABYTE)
@@ -49,11 +54,14 @@ def estimate(
     counts: Counter = Counter()
     started = time.perf_counter()
     items = list(usable_items(recipe.parse, portion, counts))
-    examples = [example for example in recipe.encode(items, counts) if example is not None]
+    encoded = recipe.encode(items, counts) if items else []
+    examples = [example for example in encoded if example is not None]
+    if not examples:
+        left_out = dropped(counts)
+        problem = f"its first megabyte has nothing to train on (dropped: {left_out})."
+        raise ValueError(f"{portion.path}: {problem}")
     rows = recipe.pack(examples, counts)
     seconds = time.perf_counter() - started
-    if not counts["tokens"]:
-        raise ValueError(f"{portion.path}: its first megabyte has nothing to train on ({counts}).")
     megabytes = text_bytes(corpus, portion, max_bytes) / portion.size
     return Estimate(
         counts["tokens"] * megabytes,

@@ -119,9 +119,8 @@ def _question_files(root: Path) -> list[Path]:
 
 def _iter_csv(path: Path) -> Iterator[tuple[int, dict]]:
     """(line, record). MMLU's files have no line of names: question, options, letter."""
-    reader = csv.reader(io.StringIO(read_text(path)))
     names: list[str] = []
-    for values in reader:
+    for line, values in _rows_of(path):
         if not names:
             names = [value.strip() for value in values]
             has_names = "question" in [name.lower() for name in names]
@@ -129,7 +128,24 @@ def _iter_csv(path: Path) -> Iterator[tuple[int, dict]]:
                 continue
             names = ["question", *LETTERS[: len(values) - 2], "answer"]
         if values:
-            yield reader.line_num, dict(zip(names, values, strict=False))
+            yield line, dict(zip(names, values, strict=False))
+
+
+def _rows_of(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, values). A quotation mark that never closes would take all that follows."""
+    lines = list(io.StringIO(read_text(path), newline=None))  # None: also the line ends of a Mac
+    reader, first, following = csv.reader(lines), 1, 1
+    try:
+        for values in reader:
+            first, following = following, reader.line_num + 1
+            yield reader.line_num, values
+    except csv.Error as error:  # it took more than a field may have
+        raise input_error(path, following, f'broken CSV ({error}); a " is not closed.') from error
+    try:
+        list(csv.reader(lines[first - 1 :], strict=True))
+    except csv.Error as error:
+        if "end of data" in str(error):
+            raise input_error(path, first, 'broken CSV; a " is not closed.') from error
 
 
 def _is_empty(value) -> bool:

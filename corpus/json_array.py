@@ -20,6 +20,7 @@ class ArrayReader:
         self.stream = stream
         self.decode = codecs.getincrementaldecoder("utf-8-sig")().decode
         self.text, self.place, self.line, self.ended = "", 0, 1, False
+        self.before = 0  # characters of the line that were forgotten
         self.error: UnicodeDecodeError | None = None  # at the end of the text
 
     def elements(self) -> Iterator[Any]:
@@ -97,6 +98,8 @@ class ArrayReader:
             new, self.error = error.object[: error.start].decode(), error
         done = self.text.rfind("\n", 0, self.place) + 1
         self.line += self.text.count("\n", 0, done)
+        self.before = 0 if done else self.before
         if self.place - done > PIECE:  # the whole array is one line
+            self.before += self.place - done
             done = self.place
         self.text, self.place = self.text[done:] + new, self.place - done

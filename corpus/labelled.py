@@ -64,7 +64,7 @@ class Labels:
     def pairs(self, example: Example, counts: Counter) -> list[tuple[str, str]]:
         """(good, bad) of a prompt, each answer once; [] where it has not both.
 
-        A good answer that is left without a bad one has the sample of the model where it is alone.
+        Where a prompt has no bad answer, its first good one is paired with the model's sample.
         """
         bad, good = self.answers.get(repr(example.prompt), ([], []))
         counts["good answer without a bad one"] += max(0, len(good) - max(len(bad), 1))

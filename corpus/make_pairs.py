@@ -16,6 +16,7 @@ from corpus.chat_format import iter_conversations
 from corpus.labelled import Example, Labels, example_of
 from corpus.readers import input_error, iter_records
 from corpus.transcripts import pair_record
+from engine.conversation import chat_ids
 from engine.generation import BATCH, Sampling, complete
 from engine.model_folder import fast_inference, open_model_folder
 from engine.progress import track
@@ -49,7 +50,7 @@ def make_pairs(
     labels = Labels()
     counts: Counter = Counter()
     count = sum(1 for _ in map(labels.add, _examples(prompts_path, limit, Counter())))
-    examples = track(_examples(prompts_path, limit, counts), "Making pairs", count, "prompt")
+    examples = track(_examples(prompts_path, limit, counts), "Making pairs", count, "record")
     with open(output, "a", encoding="utf-8") as stream:
         new = _not_done(examples, done, counts)
         while batch := list(islice(new, BATCH)):
@@ -90,7 +91,10 @@ def _pairs(model, tokenizer, batch, labels: Labels, max_new_tokens: int, counts:
         yield example, _with_sample(example, next(samples), counts) if is_alone else pairs
 
 
-def _with_sample(example: Example, rejected: str, counts: Counter) -> list[tuple[str, str]]:
+def _with_sample(example: Example, rejected: str | None, counts: Counter) -> list[tuple[str, str]]:
+    if rejected is None:
+        counts["prompt fills the model's context"] += 1
+        return []
     if not rejected.strip():
         counts["sample is empty"] += 1
         return []
@@ -121,15 +125,19 @@ def _key(prompt: list[dict]) -> int:
     return xxhash.xxh3_64_intdigest(json.dumps(prompt, sort_keys=True).encode())
 
 
-def sample_replies(model, tokenizer, prompts: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """A sampled answer to each. It depends on the prompt, not on the order of the prompts."""
-    ids, seeds = [], []
-    for prompt in prompts:
-        encoded = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=True
-        )
-        ids.append(encoded["input_ids"])
-        seeds.append(random.Random(json.dumps(prompt, sort_keys=True)).getrandbits(63))
+def sample_replies(
+    model, tokenizer, prompts: list[list[dict]], max_new_tokens: int
+) -> list[str | None]:
+    """A sampled answer to each; None where the prompt fills the model's context.
+
+    An answer depends on its prompt, not on the order of the prompts.
+    """
+    ids = [chat_ids(tokenizer, prompt) for prompt in prompts]
+    fits = [len(prompt) < model.config.max_seq_len for prompt in ids]
+    texts = (json.dumps(prompt, sort_keys=True) for prompt in compress(prompts, fits))
+    seeds = [random.Random(text).getrandbits(63) for text in texts]
+    sampling = Sampling(max_new_tokens, TEMPERATURE, TOP_P)
     with fast_inference(model):
-        replies = complete(model, ids, Sampling(max_new_tokens, TEMPERATURE, TOP_P), seeds)
-    return [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies]
+        found = iter(complete(model, list(compress(ids, fits)), sampling, seeds))
+    decode = partial(tokenizer.decode, skip_special_tokens=True)
+    return [decode(next(found)) if is_short else None for is_short in fits]

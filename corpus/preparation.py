@@ -157,7 +157,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def cut(portion: Portion, size: int) -> Portion:
     """The records of a portion up to the one with which `size` bytes are reached."""
-    sizes = np.cumsum([size_of(item) for item in portion.content])
+    records = (item[1] if isinstance(item, tuple) else item for item in portion.content)
+    sizes = np.cumsum([size_of(record) for record in records])
     count = int(np.searchsorted(sizes, size)) + 1
     return replace(portion, content=portion.content[:count], size=int(sizes[:count][-1]))
 

@@ -30,7 +30,7 @@ from corpus.diagnosis import (
 )
 from corpus.folders import choose_files
 from corpus.json_array import ArrayReader
-from corpus.tables import open_arrow, open_parquet
+from corpus.tables import open_arrow, open_parquet, rows_of
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".json", ".txt", ".parquet", ".arrow")
@@ -121,22 +121,31 @@ class Portion:
         for number, item in enumerate(self.content, self.line):
             if isinstance(item, tuple):
                 yield item
-            elif item.strip():
-                yield number, _parse_json(self.path, number, decode(self.path, number, item))
+                continue
+            text = decode(self.path, number, item).removeprefix("\ufeff")  # of a file put behind
+            if text and not text.isspace():
+                yield number, _parse_json(self.path, number, text)
 
 
 class TablePortion(Portion):
     """Rows of a table."""
 
     def records(self) -> Iterator[tuple[int, Any]]:
-        rows = (row for batch in self.content for row in batch.to_pylist())
-        return enumerate(rows, self.line)
+        line = self.line
+        for batch in self.content:
+            try:
+                rows = rows_of(batch)
+            except (ValueError, OverflowError) as error:  # no UTF-8; a date beyond Python's
+                problem = f"a value in the {len(batch)} rows from here on cannot be read ({error})."
+                raise input_error(self.path, line, problem) from error
+            yield from enumerate(rows, line)
+            line += len(batch)
 
 
 def iter_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, record) of one file: JSON values, parquet rows as dicts, paragraphs of text as str.
+    """(line, record) of one file: JSON values, rows of tables as dicts, paragraphs of text as str.
 
-    Lines count from 1. In parquet a line is a row, in a .json array an element.
+    Lines count from 1. In a table a line is a row, in a .json array an element.
 
     Raises:
         ValueError: text is not UTF-8, or JSON is broken. Names the file and the line.
@@ -207,7 +216,8 @@ def size_of(item) -> int:
         return len(item)
     if isinstance(item, pyarrow.RecordBatch):
         return item.nbytes
-    return len((item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)).encode())
+    text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _decompressed(path: Path, stored: BinaryIO):
@@ -262,16 +272,20 @@ def _parse_json(path: Path, number: int, text: str):
         raise _json_error(path, number, error, is_end) from error
 
 
-def _json_error(path: Path, number: int, error: Exception, is_end: bool) -> ValueError:
+def _json_error(
+    path: Path, number: int, error: Exception, is_end: bool, before: int = 0
+) -> ValueError:
     """The input error for JSON whose first line has this number.
 
-    is_end: the text ends where the file ends.
+    is_end: the text ends where the file ends. before: characters of the first line before it.
     """
     if not isinstance(error, json.JSONDecodeError):  # a number or a nesting beyond Python's limits
         return input_error(path, number, f"JSON that cannot be read: {error}.")
-    shown = error.doc.split("\n")[error.lineno - 1][:60]
+    start = 0 if error.colno <= 60 else error.colno - 40  # of what is shown of a long line
+    shown = error.doc.split("\n")[error.lineno - 1][start : start + 60]
+    column = error.colno + (before if error.lineno == 1 else 0)
     hint = json_hint(error, is_end)
-    problem = f"broken JSON at column {error.colno}: {error.msg}{hint} (the line: {shown!r})."
+    problem = f"broken JSON at column {column:,}: {error.msg}{hint} (the line: {shown!r})."
     return input_error(path, number + error.lineno - 1, problem)
 
 
@@ -286,7 +300,7 @@ def _iter_values(path: Path, stored: BinaryIO, shape: str) -> Iterator[tuple[int
             line, end, _ = error.object[before.rfind(b"\n") + 1 :].partition(b"\n")
             decode(path, reader.line + reader.text.count("\n"), line + end)
         except (ValueError, RecursionError) as error:
-            raise _json_error(path, reader.line, error, reader.ended) from error
+            raise _json_error(path, reader.line, error, reader.ended, reader.before) from error
 
 
 def _iter_paragraphs(path: Path, stored: BinaryIO) -> Iterator[tuple[int, str]]:

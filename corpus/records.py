@@ -2,8 +2,7 @@
 
 FORMATS is the one list of what is accepted. A record has the first format all of whose keys it has.
 A key with null (or NaN) is one that is not there; where no format is found without it, it is empty
-text. A
-further data set with known kinds of keys is one line.
+text. A further data set with known kinds of keys is one line.
 """
 
 from collections import Counter
@@ -139,7 +138,7 @@ def to_messages(record: dict, counts: Counter | None = None) -> list[dict]:
 
 
 def to_pair(record: dict) -> tuple[list[dict], str, str]:
-    """The first of to_pairs: there is one, but where answers are ranked or have scores."""
+    """The first of to_pairs. There is only one, unless answers are ranked or have scores."""
     return to_pairs(record)[0]
 
 

@@ -7,6 +7,27 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
+
+def rows_of(batch: pyarrow.RecordBatch) -> list[dict]:
+    """The rows as dicts.
+
+    Arrow gives every struct of a column the keys of all the others, with null. Such keys are left
+    out inside nested columns. Only the null of a message's content says something.
+    """
+    rows = batch.to_pylist()
+    nested = [field.name for field in batch.schema if pyarrow.types.is_nested(field.type)]
+    for row in rows if nested else []:
+        row.update({name: _without_nulls(row[name]) for name in nested})
+    return rows
+
+
+def _without_nulls(value):
+    if isinstance(value, dict):
+        kept = {key: v for key, v in value.items() if v is not None or key == "content"}
+        return {key: _without_nulls(v) for key, v in kept.items()}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
 Batches = Iterator[tuple[int, pyarrow.RecordBatch]]  # (the number of the first row, rows)
 
 

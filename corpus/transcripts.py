@@ -18,7 +18,7 @@ def split_transcript(text: str) -> list[dict]:
     """
     if not BEGINS.match(text):
         return []
-    _, *pieces = MARK.split(text)
+    _, *pieces = MARK.split(text.lstrip())
     messages = [
         {"role": ROLE_OF[name], "content": content.strip()}
         for name, content in zip(pieces[::2], pieces[1::2], strict=True)
@@ -35,7 +35,9 @@ def split_question(text: str) -> list[dict]:
     messages = split_transcript(text)
     has_answer = any(message["role"] == "assistant" for message in messages)
     asks_last = messages[-1:] and messages[-1]["role"] == "user"
-    is_prompted = text.rstrip().endswith((":", "：")) and len(MARK.findall(text)) > len(messages)
+    is_prompted = text.rstrip().endswith((":", "：")) and len(MARK.findall(text.lstrip())) > len(
+        messages
+    )
     return messages if asks_last and (has_answer or is_prompted) else []
 
 

@@ -103,6 +103,8 @@ def _chat_tab(models: Models, inputs: list):
             chat.messages.append({"role": turn["role"], "content": text})
         for known in stream(chat, message):
             yield html.escape(known, quote=False)
+        if note := chat.what_was_left_out():
+            gr.Warning(note)
 
     # A reply is shown as the text that it is. gr.Chatbot takes its messages for HTML also without
     # Markdown, so they are escaped.

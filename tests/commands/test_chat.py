@@ -56,6 +56,29 @@ def test_the_oldest_turns_go_when_the_window_is_full(chat_model):
     assert talk.messages[1]["role"] == "user"
 
 
+def test_a_reply_takes_at_most_half_of_the_context_from_the_question(chat_model, capsys):
+    talk = Chat(chat_model, Sampling(10_000), None, None)
+    context = talk.model.config.max_seq_len
+    question = "天地玄黄" * context
+    ids = talk.prompt_ids(question)[0]
+    assert len(ids) == context - context // 2
+    assert talk.left_out > context
+    talk.clear()
+    talk.prompt_ids("问")
+    assert talk.left_out == 0
+    talk = Chat(chat_model, GREEDY, None, None)
+    chat.stream_reply(talk, question)
+    assert f"the first {talk.left_out} tokens" in capsys.readouterr().err
+
+
+def test_what_is_typed_becomes_no_control_token(chat_model):
+    talk = Chat(chat_model, GREEDY, None, "系统 <|im_start|>")
+    control = talk.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    ids = talk.prompt_ids("什么是<|im_end|>？")[0].tolist()
+    assert [ids.count(token) for token in control] == [3, 2], "three turns begin, two have ended"
+    assert "什么是<|im_end|>？<|im_end|>" in talk.tokenizer.decode(ids)
+
+
 def test_the_same_seed_gives_the_same_reply(chat_model):
     one, other = (Chat(chat_model, SAMPLED, 7, None).reply("问") for _ in range(2))
     assert one == other

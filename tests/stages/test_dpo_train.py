@@ -183,6 +183,15 @@ def test_pairs_are_made_from_the_models_own_answers_and_go_on_where_they_stopped
     assert half.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
 
 
+def test_a_prompt_that_fills_the_context_makes_no_pair(tmp_path, base_model, capsys):
+    records = [{"instruction": text, "output": "答"} for text in ("天地玄黄" * 500, "问")]
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", records)
+    make_pairs(base_model, prompts, str(tmp_path / "made.jsonl"), max_new_tokens=8)
+    assert "1 prompt fills the model's context" in capsys.readouterr().out
+    made = (tmp_path / "made.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["instruction"] for line in made] == ["问"]
+
+
 def test_pairs_that_were_made_are_never_lost_and_other_files_refused(tmp_path, base_model):
     prompts = write_conversations(tmp_path, count=1)
     [prompt] = map(json.loads, Path(prompts).read_text(encoding="utf-8").splitlines())
