@@ -7,6 +7,8 @@ The page reads the files of the runs and nothing else. Only this machine can ope
 """
 
 import argparse
+import contextlib
+import sys
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,7 +27,7 @@ REFRESH_SECONDS = 15
 FILES = ("metrics.jsonl", "run.json", "description.json")  # what a page depends on
 AXES_SHOWN = {
     "step": ("steps", "步数"),
-    "tokens": ("tokens", "token 数"),
+    "tokens": ("tokens", "词元数"),
     "hours": ("hours of training", "训练小时数"),
 }
 DRAWING = threading.Lock()  # matplotlib knows no threads
@@ -48,7 +50,8 @@ def make_page(output_dir: Path, query: str) -> str:
     """The page for a query such as run=sft/a&run=sft/b&axis=tokens. Without a run: the newest."""
     asked = parse_qs(query)
     found = find_runs(output_dir)
-    names = [name for name in asked.get("run", []) if name in found] or list(found)[:1]
+    known = [name for name in asked.get("run", []) if name in found]
+    names = list(dict.fromkeys(known)) or list(found)[:1]
     axis = asked["axis"][0] if asked.get("axis", [""])[0] in AXES else "step"
     if not found:
         about = label("No run yet under", "还没有训练记录：")
@@ -118,13 +121,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def make_server(output_dir: Path, port: int) -> ThreadingHTTPServer:
-    """Raises SystemExit where the port is taken."""
+    """Raises SystemExit where the port is taken, or no port."""
     handler = type("HandlerOfFolder", (Handler,), {"output_dir": output_dir})
     try:
         return ThreadingHTTPServer((HOST, port), handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        problem = getattr(error, "strerror", None) or error
         raise SystemExit(
-            f"error: port {port}: {error.strerror}; choose another one with --port."
+            f"error: port {port}: {problem}; choose another one with --port."
         ) from error
 
 
@@ -148,7 +152,10 @@ def main():
     if options.web == bool(options.runs):
         parser.error("name runs, as checkpoints/sft/<run>, or say --web")
     for folder in options.runs:
-        export(folder)
+        if len(options.runs) > 1 and not (folder / "metrics.jsonl").exists():
+            print(f"{folder}: nothing was logged there, not drawn", file=sys.stderr)
+        else:
+            export(folder)
     if options.web:
         serve(options.output_dir, options.port)
 
@@ -157,7 +164,8 @@ def serve(output_dir: Path, port: int):
     with make_server(output_dir, port) as server:
         address = f"http://{HOST}:{server.server_port}"
         print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
-        server.serve_forever()
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -274,15 +274,15 @@ def inspect(pairs: Dataset, tokenizer, count: int, colour: bool) -> Iterator[str
             yield f"{name:>8}: " + (f"\033[{code}m{text}\033[0m" if colour else f"[{text}]")
 
 
-@as_command()
+@as_command(continues=True)
 def main():
     parser = argparse.ArgumentParser(description="Prepare and look at preference data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")
     parser.add_argument("--make_pairs", metavar="FILE", help="prompts with answers: make pairs")
     parser.add_argument("--output", default="pairs.jsonl", help="for --make_pairs")
-    parser.add_argument("--limit", type=int, help="for --make_pairs: the largest number of prompts")
+    parser.add_argument("--limit", type=int, help="for --make_pairs: the largest number of records")
     parser.add_argument("--model", help="folder; default: the newest fine-tuned model")
-    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--max_dataset_bytes", type=float, help="bytes to read of it")
     parser.add_argument("--rows", type=int, default=3, help="how many pairs to print")
     arguments = parser.parse_args()

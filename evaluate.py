@@ -88,8 +88,10 @@ def bits_per_byte(model, tokenizer, texts, max_length: int, stride: int) -> dict
             tokens += len(log_probs)
         num_bytes += sum(int(lengths[ids[1:]].sum()) for ids in encoded)
         documents += len(batch)
-    if not tokens:
-        raise ValueError("No text to measure: every document is empty or no text.")
+    if not num_bytes:  # the end alone was predicted
+        raise ValueError(
+            "No text to measure: every document is empty or no text, or has only one token."
+        )
     return {
         "bits_per_byte": nats / math.log(2) / num_bytes,
         "perplexity": math.exp(nats / tokens),
@@ -232,20 +234,23 @@ def main():
     parser.add_argument("--model", help="folder; default: the newest of the furthest stage")
     parser.add_argument("--data", required=True, help="text, or questions (.csv, .jsonl, a folder)")
     parser.add_argument("--task", choices=("text", "choice"), default="text")
+    parser.add_argument("--text_column", help="default: text, content or completion")
     parser.add_argument("--stride", type=int, help="tokens that a window moves; default: half")
     parser.add_argument("--shots", type=int, default=0, help="solved questions shown first")
     parser.add_argument("--by_text", action="store_true", help="score options' words, not letters")
     parser.add_argument("--json", type=Path, help="write the scores here too")
     arguments = parser.parse_args()
     try:
+        if arguments.json and not arguments.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {arguments.json}: there is no such folder.")
         folder = arguments.model or find_newest_final("checkpoints")
         scores, lines = run(str(folder), arguments)
+        print("\n".join(lines))
+        if arguments.json:
+            text = json.dumps(scores | {"model": str(folder)}, ensure_ascii=False, indent=1)
+            arguments.json.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
-    print("\n".join(lines))
-    if arguments.json:
-        text = json.dumps(scores | {"model": str(folder)}, ensure_ascii=False, indent=1)
-        arguments.json.write_text(text, encoding="utf-8")
 
 
 def run(folder: str, arguments) -> tuple[dict, list[str]]:
@@ -262,10 +267,10 @@ def score(model, tokenizer, arguments) -> tuple[dict, list[str]]:
         questions = read_questions(arguments.data)
         options = (arguments.shots, arguments.by_text, max_length)
         return summarize_choices(multiple_choice(model, tokenizer, questions, *options))
-    stride = arguments.stride or max_length // 2
+    stride = max_length // 2 if arguments.stride is None else arguments.stride
     if not 1 <= stride < max_length:
         raise ValueError(f"--stride {stride} must be between 1 and the context {max_length} - 1.")
-    texts = iter_documents(arguments.data, what="Evaluating")
+    texts = iter_documents(arguments.data, arguments.text_column, what="Evaluating")
     scores = bits_per_byte(model, tokenizer, texts, max_length, stride)
     lines = [
         f"{name}: {value:,.4f}" if isinstance(value, float) else f"{name}: {value:,}"

@@ -43,6 +43,7 @@ from engine.cards import Card
 from engine.command import as_command
 from engine.memory import CONTEXT_GIB, FRAGMENTATION, StepMemory
 from engine.meter import active_parameters, flops_per_token
+from engine.model_folder import check_model_folder
 from engine.time_limit import seconds_per_step
 from models import CustomLLM, CustomLLMConfig
 from sft_data import ConversationRecipe
@@ -106,6 +107,7 @@ def read_config(stage: Stage, arguments: list[str]) -> tuple[dict, CustomLLMConf
         # Its data need not lie here.
         found = train_llm.make_model_config(shape, choose_vocab_size(shape["vocab_size"]))
         return config, found, source
+    check_model_folder(folder)
     return config, CustomLLMConfig.from_pretrained(folder), folder
 
 

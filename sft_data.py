@@ -214,7 +214,7 @@ def main():
     parser = argparse.ArgumentParser(description="Prepare and look at fine-tuning data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="FILE")
     parser.add_argument("--tokenizer", help="folder; default: the newest pre-trained model's")
-    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--max_dataset_bytes", type=float, help="bytes to read of it")
     parser.add_argument("--rows", type=int, default=2, help="how many rows to print")
     arguments = parser.parse_args()

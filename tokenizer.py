@@ -213,12 +213,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 6400) -> PreTrainedT
             f"vocab_size={vocab_size} must be at least {smallest}: all bytes and the specials."
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -316,14 +313,14 @@ def report(tokenizer: PreTrainedTokenizerBase, texts: Iterator[str]) -> str:
 
 
 def main():
-    # Needed by this command, not by those who import this file.
-    from corpus.cache import Data, Options
+    from corpus.cache import Data, Options  # here: those who import this file need none of it
     from corpus.documents import iter_documents
     from engine.command import as_command
     from train_data import DocumentRecipe, train_on_share
 
     parser = argparse.ArgumentParser(description="Train a byte-level BPE tokenizer or measure one.")
     parser.add_argument("--files", default="data/pretrain_sample.jsonl", help="file, folder, glob")
+    parser.add_argument("--text_column", help="default: text, content or completion")
     parser.add_argument("--vocab_size", type=int, default=6400)
     parser.add_argument("--megabytes", type=float, default=10, help="of text to learn from")
     parser.add_argument("--output", default="checkpoints/tokenizer", help="folder to write")
@@ -337,11 +334,12 @@ def main():
                 raise ValueError(f"{arguments.output} holds a tokenizer: choose another --output.")
             else:
                 with Data(arguments.files, Options()) as data:
-                    options = arguments.vocab_size, arguments.megabytes
-                    tokenizer = train_on_share(data, DocumentRecipe(None), *options)
+                    recipe = DocumentRecipe(arguments.text_column)
+                    sizes = arguments.vocab_size, arguments.megabytes
+                    tokenizer = train_on_share(data, recipe, *sizes)
                 tokenizer.save_pretrained(arguments.output)
                 print(f"Trained {len(tokenizer):,} tokens -> {arguments.output}")
-            print(report(tokenizer, iter_documents(arguments.files)))
+            print(report(tokenizer, iter_documents(arguments.files, arguments.text_column)))
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
 

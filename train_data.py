@@ -51,7 +51,7 @@ def prepare_data(
     tokenizer_path: str | None = None,
     dataset: str | list | dict = SAMPLE,
     max_seq_len: int = 512,
-    vocab_size: int | str = VOCAB_SIZE,
+    vocab_size: int | str = "auto",
     text_column: str | None = None,
     tokenizer_megabytes: float = 10,
     **options,
@@ -265,7 +265,7 @@ def main():
     parser = argparse.ArgumentParser(description="Prepare and look at pre-training data.")
     parser.add_argument("--inspect", nargs="?", const=SAMPLE, default=SAMPLE, metavar="DATASET")
     parser.add_argument("--tokenizer_path")
-    parser.add_argument("--max_seq_len", type=int, default=256)
+    parser.add_argument("--max_seq_len", type=int, default=128)
     parser.add_argument("--vocab_size", type=int, help='default: as train_llm.py\'s "auto"')
     parser.add_argument("--text_column", help="default: text, content or completion")
     parser.add_argument("--max_dataset_bytes", type=float, help="bytes to read of it")

@@ -54,9 +54,9 @@ def _column_of(record, text_column: str | None) -> object:
 
 def iter_documents(
     dataset: str = SAMPLE,
+    text_column: str | None = None,
     counts: Counter | None = None,
     what: str = "",
-    text_column: str | None = None,
 ) -> Iterator[str]:
     """The usable documents of a corpus, each once and in order, by this process alone.
 

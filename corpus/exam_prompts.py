@@ -47,7 +47,7 @@ class Wording:
 
 
 def wording_of(questions: list[Question]) -> Wording:
-    """The wording of the exam that has these subjects; C-Eval's where none has.
+    """The wording of the exam that has these subjects. Others: C-Eval's for Chinese, else MMLU's.
 
     MMLU, C-Eval and CMMLU share names of subjects. Of the three MMLU alone has no Chinese text.
     """

@@ -12,9 +12,11 @@ from engine.stop import interruptible
 
 
 @contextlib.contextmanager
-def as_command() -> Iterator[None]:
+def as_command(continues: bool = False) -> Iterator[None]:
     """Around main(): any console can print it, and there is no traceback where a signal ends it or
     where the reader of its output (such as `head`) has seen enough.
+
+    continues: whether the command, given again, goes on where it ended.
     """
     imports_are_done()
     replace_unprintable()
@@ -23,6 +25,6 @@ def as_command() -> Iterator[None]:
             yield
             sys.stdout.flush()
     except KeyboardInterrupt as error:
-        raise SystemExit(describe_interruption(error)) from None
+        raise SystemExit(describe_interruption(error, continues)) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains again at exit

@@ -22,6 +22,8 @@ class Chat:
     def __init__(
         self, folder: str, sampling: Sampling, seed: int | None, system: str | None, opened=None
     ):
+        if seed is not None and not 0 <= seed < 2**63:
+            raise ValueError(f"--seed {seed} must be at least 0 and below 2**63.")
         self.folder, self.sampling, self.seed = folder, sampling, seed
         self.model, self.tokenizer = opened or open_model_folder(folder)
         self.is_chat_model = is_chat_model(self.model.config, self.tokenizer)

@@ -39,15 +39,15 @@ td:first-child{white-space:nowrap;overflow-wrap:normal}
 nav a{margin-right:1rem}nav a.chosen{font-weight:bold}.dot{font-size:1.4em;line-height:1}
 """
 CHINESE = {
-    "loss, nats per token": "损失，每 token 的 nat",
+    "loss, nats per token": "损失（nat/词元）",
     "learning rate": "学习率",
     "gradient norm": "梯度范数",
-    "tokens per second": "每秒 token 数",
-    "DPO loss, nats per pair": "DPO 损失，每对的 nat",
+    "tokens per second": "每秒词元数",
+    "DPO loss, nats per pair": "DPO 损失（nat/对）",
     "rewards": "奖励",
     "reward margin": "奖励差",
     "reward accuracy": "奖励准确率",
-    "log-prob of an answer, nats": "回答的对数概率，nat",
+    "log-prob of an answer, nats": "回答的对数概率（nat）",
 }
 
 

@@ -27,9 +27,9 @@ AT_LEAST_ONE = {"d_model", "n_heads", "n_layers", "d_ff", "batch_size", "num_epo
 # With batch_size "auto" a step has this number of rows times gradient_accumulation_steps.
 AUTO_ROWS = 32
 LARGEST = 2**31 - 1  # of any number: larger ones overflow int32
-AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "validation_ratio", "dropout"), 1)
+AT_MOST = dict.fromkeys(("warmup_ratio", "min_lr_ratio", "dropout"), 1)
 AT_MOST |= dict.fromkeys(("max_seq_len", "max_length", "vocab_size"), 2**20)
-AT_MOST |= {"num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
+AT_MOST |= {"batch_size": 2**20, "num_workers": 1024, "num_proc": 1024, "max_dataset_bytes": 2**63}
 # Keys that may be None, with an example of another value.
 OPTIONAL = {"n_kv_heads": 1, "moe_d_ff": 1, "tokenizer_path": "", "init_from": ""}
 OPTIONAL |= {"time_limit": "", "stop_after": ""}
@@ -290,8 +290,6 @@ def run_from_command_line(stage_function, defaults: dict):
         raise SystemExit(describe_interruption(error)) from None
 
 
-def describe_interruption(error: KeyboardInterrupt) -> str:
-    return (
-        f"interrupted: {str(error) or 'Ctrl-C'}; run the same command again, it continues from "
-        "what is there"
-    )
+def describe_interruption(error: KeyboardInterrupt, continues: bool = True) -> str:
+    then = "; run the same command again, it continues from what is there" * continues
+    return f"interrupted: {str(error) or 'Ctrl-C'}{then}"

@@ -18,7 +18,7 @@ ENGLISH = {
     "message": "Ask a chat model, or begin a text for a base model",
     "question": "Question",
     "question_hint": "Both answer it. Which side is whose is shown after the vote. Before you vote "
-    "you may improve a reply where it stands: your text becomes the chosen one.",
+    "you may improve a reply where it stands: vote for it, and your text is the chosen one.",
     "ask": "Ask both",
     "stop": "Stop",
     "left_reply": "Left",
@@ -54,7 +54,7 @@ CHINESE = {
     "message": "向对话模型提问，或给预训练模型一个开头",
     "question": "问题",
     "question_hint": "两个模型都来回答。哪边是谁，投票之后才显示。投票之前可以就地改写一个回答："
-    "改写后的文字会成为更好的那一个。",
+    "投给它，改写后的文字就是更好的那一个。",
     "ask": "同时提问",
     "stop": "停止",
     "left_reply": "左",

@@ -80,6 +80,16 @@ def test_a_foreign_host_other_paths_and_other_methods_are_refused(tmp_path, ask)
     assert ask(method="POST")[0] == 501
 
 
+def test_a_run_is_drawn_once_however_often_it_is_asked_for(tmp_path, ask):
+    write_run(tmp_path / "sft/a")
+    assert ask("/?" + "&".join(["run=sft/a"] * 50))[1] == ask("/?run=sft/a")[1]
+
+
+def test_a_number_that_is_no_port_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: port 99999: .*choose another one with --port"):
+        curves.make_server(tmp_path, 99999)
+
+
 def test_a_port_that_is_taken_is_named(tmp_path):
     with curves.make_server(tmp_path, 0) as server, pytest.raises(SystemExit) as raised:
         curves.make_server(tmp_path, server.server_port)
@@ -91,8 +101,10 @@ def test_a_port_that_is_taken_is_named(tmp_path):
 def test_the_command_exports_a_run_and_names_a_folder_without_metrics(run_script, tmp_path):
     write_run(tmp_path / "sft/a")
     write_run(tmp_path / "sft/b")
-    done = run_script("curves.py", tmp_path / "sft/a", tmp_path / "sft/b")
+    (tmp_path / "sft/refused").mkdir()  # its data were wrong
+    done = run_script("curves.py", *(tmp_path / "sft" / name for name in ("a", "refused", "b")))
     assert done.returncode == 0, done.stderr
+    assert "refused: nothing was logged there, not drawn" in done.stderr
     written = [tmp_path / "sft" / run / name for run in "ab" for name in ("curves.png", REPORT)]
     assert done.stdout.split() == [str(path) for path in written]
     assert all(path.stat().st_size for path in written)

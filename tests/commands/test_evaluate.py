@@ -82,8 +82,9 @@ def test_long_documents_are_scored_with_a_sliding_window(base_model):
     text = "天地玄黄，宇宙洪荒。" * 30
     scores = bits_per_byte(model, tokenizer, [text], 32, 16)
     assert scores["tokens"] == len(encode_plain(tokenizer, [text])[0])
-    with pytest.raises(ValueError, match="No text to measure: every document is empty"):
-        bits_per_byte(model, tokenizer, [], 32, 16)
+    for nothing in ([], [" "]):  # a document of one token predicts its end alone
+        with pytest.raises(ValueError, match="No text to measure: every document is empty"):
+            bits_per_byte(model, tokenizer, nothing, 32, 16)
 
 
 def test_csv_and_json_questions_are_read_the_same(tmp_path):
@@ -218,6 +219,8 @@ def test_the_command_measures_text_and_questions_and_writes_json(run_script, tmp
     ("options", "message"),
     [
         ("--shots -1", "--shots -1 must be at least 0."),
+        ("--stride 0", "--stride 0 must be between 1 and the context 32 - 1"),
+        ("--json nowhere/a.json", "--json nowhere/a.json: there is no such folder."),
         ("--stride 32", "--stride 32 must be between 1 and the context 32 - 1"),
         ("--data nowhere.txt", "nowhere.txt: no such file"),
         ("--model nowhere", "nowhere: no model folder there"),

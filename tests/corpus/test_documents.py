@@ -23,7 +23,7 @@ def test_every_document_comes_once_and_in_order(tmp_path):
     texts = ["天地", "玄黄", "天地", " ", "宇宙", "玄黄"]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     counts = Counter()
-    assert list(iter_documents(path, counts)) == ["天地", "玄黄", "宇宙"]
+    assert list(iter_documents(path, counts=counts)) == ["天地", "玄黄", "宇宙"]
     assert counts == {"read": 6, "dropped: duplicate": 2, "dropped: empty": 1}
 
 

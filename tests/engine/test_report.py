@@ -76,6 +76,11 @@ def test_other_ranks_write_and_print_nothing_and_count_all_the_same(tmp_path, ca
     assert log.state() == {"tokens_seen": 1600, "tracker_ids": {}}
 
 
+def test_a_token_costs_each_card_its_share_of_the_flops(tmp_path):
+    alone, shared = (make_log(tmp_path, replace(cpu_runtime(), rank=1, world=n)) for n in (1, 4))
+    assert alone.meter.flops == flops_per_token(tiny_model(), 32) == 4 * shared.meter.flops
+
+
 def test_a_run_is_described_by_its_whole_configuration_and_what_it_comes_to():
     config = {"seed": 1, "batch_size": 2, "gradient_accumulation_steps": 3, "num_epochs": 2}
     config |= {"max_steps": 0, "scale_learning_rate": False}
