@@ -64,8 +64,8 @@ class BatchedMuon(torch.optim.Muon):
     kernels. Here the matrices of one shape are a stack, and each operation is one launch. The order
     is torch's: the average of the gradients, Nesterov, Newton-Schulz, weight decay, the update.
     Products run in product_dtype. Of matrices in shards each rank averages its own rows. Then a
-    stack is gathered once, in product_dtype, and each rank orthogonalizes all of it: torch's step
-    would gather in each of fifteen products.
+    stack is gathered once, in product_dtype (fp16: in fp32), and each rank orthogonalizes all of
+    it: torch's step would gather in each of fifteen products.
     """
 
     _step_supports_amp_scaling = True  # as fused AdamW: see step_together
@@ -92,8 +92,10 @@ class BatchedMuon(torch.optim.Muon):
         grads = torch.stack([own_part(grad) for grad in of_each])  # (count, own height, width)
         before = torch.stack(averages)
         average = before.lerp(grads, 1 - momentum)
-        nesterov = grads.lerp_(average, momentum).to(self.product_dtype)
-        how = group["ns_coefficients"], group["ns_steps"], group["eps"]
+        # fp16 has no small numbers: there the division by the norm comes before the cast.
+        is_fp16 = self.product_dtype is torch.float16
+        nesterov = grads.lerp_(average, momentum).to(grads.dtype if is_fp16 else self.product_dtype)
+        how = group["ns_coefficients"], group["ns_steps"], group["eps"], self.product_dtype
         update = orthogonalize(gather_stack(nesterov, parameters[0]), *how)
         update = own_part_of_stack(update, parameters[0])
         if (found := getattr(self, "found_inf", None)) is not None:
@@ -117,15 +119,17 @@ def stacks(parameters: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         yield from (alike[start : start + count] for start in range(0, len(alike), count))
 
 
-def orthogonalize(stack: torch.Tensor, coefficients, steps: int, eps: float) -> torch.Tensor:
-    """Newton-Schulz: singular values towards 1, in the dtype of stack (count, height, width).
+def orthogonalize(
+    stack: torch.Tensor, coefficients, steps: int, eps: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Newton-Schulz: singular values of stack (count, height, width) towards 1. Products in dtype.
 
     Jordan et al. 2024.
     """
     a, b, c = coefficients
     is_tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if is_tall else stack
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    x = (x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)).to(dtype)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

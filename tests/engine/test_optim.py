@@ -235,15 +235,15 @@ def test_of_two_optimizers_none_steps_where_the_gradients_of_one_overflow(overfl
 SHAPES = [(8, 24), (16, 16), (8, 24), (24, 8), (16, 16), (8, 24)]
 
 
-def weights_after(kind, steps: int, **options) -> list[torch.Tensor]:
-    """Six matrices of three shapes after some steps of an optimizer on random gradients."""
+def weights_after(kind, steps: int, size: float = 1.0, **options) -> list[torch.Tensor]:
+    """Six matrices of three shapes after some steps on random gradients of that size."""
     generator = torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
     options |= {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
     optimizer = kind(weights, **options)
     for _ in range(steps):
         for weight in weights:
-            weight.grad = torch.randn(weight.shape, generator=generator)
+            weight.grad = size * torch.randn(weight.shape, generator=generator)
         optimizer.step()
         assert all(optimizer.state[weight].keys() == {"momentum_buffer"} for weight in weights)
     return [weight.detach() for weight in weights]
@@ -262,11 +262,22 @@ def test_muon_in_stacks_follows_torchs_muon_as_far_as_its_products_round(dtype, 
         assert (other - before).norm() > 10 * tolerance * other.norm(), "it did move"
 
 
+def test_muons_update_in_fp16_is_the_same_for_gradients_that_fp16_does_not_have():
+    usual, tiny = (
+        weights_after(optim.BatchedMuon, 5, size, product_dtype=torch.float16)
+        for size in (1.0, 1e-6)
+    )
+    for one, other in zip(usual, tiny, strict=True):
+        assert (one - other).norm() < 1e-2 * one.norm()
+
+
 def test_orthogonalizing_brings_singular_values_near_one():
     for shape in ((3, 32, 80), (3, 80, 32)):
         stack = torch.randn(shape, generator=torch.manual_seed(0))
         coefficients = (3.4445, -4.775, 2.0315)
-        values = torch.linalg.svdvals(optim.orthogonalize(stack, coefficients, 5, 1e-7))
+        values = torch.linalg.svdvals(
+            optim.orthogonalize(stack, coefficients, 5, 1e-7, stack.dtype)
+        )
         assert 0.6 < values.min() <= values.max() < 1.3
 
 
