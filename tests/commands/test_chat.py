@@ -152,6 +152,7 @@ def test_without_a_checkpoint_one_line_says_what_to_run(tmp_path):
         ("--stage sft --web --output_dir runs", "No finished sft run under runs/sft"),
         ("--stage sft", "No finished sft run under checkpoints/sft: run `python sft_train.py`"),
         ("--max_new_tokens 0", "--max_new_tokens 0 must be at least 1"),
+        ("--model nowhere --seed -1", "--seed -1 must be at least 0 and below 2**63"),
         ("--temperature -1", "--temperature -1.0 must be at least 0"),
         ("--top_p 3", "--top_p 3.0 must be above 0 and at most 1"),
         ("--repetition_penalty 0", "--repetition_penalty 0.0 must be above 0"),
